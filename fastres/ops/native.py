@@ -1,0 +1,60 @@
+"""native: the compiled libraries that are loaded, why one is not, and the operators they registered."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+missing: Final[dict[str, str]] = {}  # library -> why it is not loaded
+
+
+def _load_cpu() -> Any:
+    """Import fastres._C, which registers the operators; None where it was not built."""
+    try:
+        return importlib.import_module("fastres._C")
+    except ImportError as error:
+        missing["_C"] = str(error)
+        warnings.warn(
+            "fastres: the compiled library is not loaded, so the plain PyTorch references run "
+            "instead; `python -m fastres.info` says why and how to build it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _load_cuda() -> bool:
+    """Load fastres/_C_cuda*.so, which adds the CUDA kernels; False where there is none."""
+    built = sorted(Path(__file__).parent.parent.glob("_C_cuda*.so"))
+    if C is None or not built:
+        missing["_C_cuda"] = "_C is not loaded" if C is None else "it was not built"
+        return False
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        missing["_C_cuda"] = str(error)
+        return False
+    return True
+
+
+C: Final[Any] = _load_cpu()  # the module, with build_info() and the kernels on NumPy arrays
+_devices: Final = {"cpu", "meta"} if C is not None else set()
+if _load_cuda():
+    _devices.add("cuda")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Tell whether the compiled operators run on tensors of this device."""
+    return device.type in _devices
+
+
+def raw(name: str) -> Any:
+    """Return the raw overload fastres::<name>, or None without the compiled library.
+
+    Raw operators know no autograd and check little: only the op's own Python file calls them.
+    """
+    return getattr(torch.ops.fastres, name).default if C is not None else None
