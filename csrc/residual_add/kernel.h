@@ -19,6 +19,7 @@ struct Args {
   int64_t rows, cols;
   Dtype dtype;           // of x, f, y; the accumulate type is float64 for float64, else float32
   bool relu;
+  void* scratch = nullptr;  // scratch_bytes(args), for rows split over several blocks
 };
 
 struct BackwardArgs {
@@ -34,6 +35,7 @@ struct BackwardArgs {
   int64_t gate_stride;
   int64_t rows, cols;
   Dtype dtype;
+  void* scratch = nullptr;  // scratch_bytes(args), for rows split over several blocks
 };
 
 // The sums of one add. A: a number, or a vector of partial sums.
@@ -56,6 +58,11 @@ template <class A> struct SumGrads {
     return g + (branch_sq + branch_sq) * p + dot * x;
   }
 };
+
+// Bytes of device memory that launch_cuda needs beside its outputs, often 0. They depend on rows,
+// cols, dtype and on whether ggate is null.
+int64_t scratch_bytes(const Args& args);
+int64_t scratch_bytes(const BackwardArgs& args);
 
 void launch_cuda(const Args& args, void* stream);
 void launch_cuda(const BackwardArgs& args, void* stream);
