@@ -1,0 +1,174 @@
+"""data: digits, MNIST and CIFAR-10 as standardised tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastres.formats import Bytes, DataError, read_cifar_binary, read_cifar_pickle, read_idx
+
+__all__ = ["NAMES", "Data", "DataError", "load"]
+
+Split = tuple[Bytes, Bytes]  # images [N, C, H, W], labels [N]
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set, standardised by the mean and deviation of its training images per channel."""
+
+    name: str
+    classes: int
+    train_x: Tensor  # [N, C, H, W] float32
+    train_y: Tensor  # [N] int64
+    test_x: Tensor  # [M, C, H, W] float32
+    test_y: Tensor  # [M] int64
+
+    @property
+    def features(self) -> int:
+        """Numbers per sample, C * H * W."""
+        return self.train_x[0].numel()
+
+
+def load(name: str, root: str | Path | None = None) -> Data:
+    """Load a data set.
+
+    Args:
+        name: digits (inside scikit-learn), mnist (IDX files in MNIST/raw under root) or cifar10
+            (cifar-10-batches-bin or cifar-10-batches-py under root).
+        root: Folder of the files; the environment variable FASTRES_DATA if None.
+
+    Returns:
+        The data set; equal tensors in every call.
+
+    Raises:
+        ValueError: If the name is not known, or mnist or cifar10 has no root.
+        FileNotFoundError: If a file is missing.
+        DataError: If a file breaks its format.
+        ModuleNotFoundError: If digits are asked for without scikit-learn.
+    """
+    if name not in _READERS:
+        raise ValueError(f"data: name must be one of {', '.join(NAMES)}, got {name!r}")
+    train, test = _READERS[name](root)
+    mean, scale = _moments(train[0])
+    return Data(
+        name,
+        10,
+        _standardised(train[0], mean, scale),
+        torch.from_numpy(train[1].astype(np.int64)),
+        _standardised(test[0], mean, scale),
+        torch.from_numpy(test[1].astype(np.int64)),
+    )
+
+
+def _moments(images: Bytes) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, [C, 1, 1] each; a constant channel scales by 1."""
+    floats = torch.from_numpy(images).float()
+    variance, mean = torch.var_mean(floats, dim=(0, 2, 3), correction=0)  # sums in float64
+    scale = variance.sqrt()
+    scale[scale == 0] = 1
+    return mean[:, None, None], scale[:, None, None]
+
+
+def _standardised(images: Bytes, mean: Tensor, scale: Tensor) -> Tensor:
+    return torch.from_numpy(images).float().sub_(mean).div_(scale)
+
+
+def _digits(_root: str | Path | None) -> tuple[Split, Split]:
+    """The 1797 digits of scikit-learn, 8 by 8; a fixed fifth of each class is held out."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "data: digits need scikit-learn: pip install 'fastres[demo]'"
+        ) from None
+    pixels, labels = load_digits(return_X_y=True)
+    images = pixels.astype(np.uint8).reshape(-1, 1, 8, 8)
+    held_out = np.zeros(len(labels), bool)
+    # RandomState: its stream is frozen, so the split is the same under every numpy
+    random = np.random.RandomState(0)
+    for digit in range(10):
+        members = random.permutation(np.flatnonzero(labels == digit))
+        held_out[members[: round(len(members) / 5)]] = True
+    classes = labels.astype(np.uint8)
+    return (images[~held_out], classes[~held_out]), (images[held_out], classes[held_out])
+
+
+def _mnist(root: str | Path | None) -> tuple[Split, Split]:
+    folder = _folder("mnist", root) / "MNIST" / "raw"
+    return _mnist_split(folder, "train"), _mnist_split(folder, "t10k")
+
+
+def _mnist_split(folder: Path, split: str) -> Split:
+    image_file = _plain_or_gzip(folder / f"{split}-images-idx3-ubyte")
+    label_file = _plain_or_gzip(folder / f"{split}-labels-idx1-ubyte")
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+    if images.shape[1:] != (28, 28):
+        raise DataError(image_file, "images must be 28 x 28", list(images.shape[1:]))
+    if len(labels) != len(images):
+        raise DataError(label_file, f"must hold {len(images)} labels", len(labels))
+    return images[:, None], _checked_labels(labels, label_file)
+
+
+def _plain_or_gzip(path: Path) -> Path:
+    """The file as it is, or compressed; FileNotFoundError names both."""
+    packed = path.with_name(path.name + ".gz")
+    for candidate in (packed, path):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"data: there must be a file {packed} or {path.name} beside it")
+
+
+def _cifar10(root: str | Path | None) -> tuple[Split, Split]:
+    """Whatever training batches are there, one at least, and the test batch."""
+    base = _folder("cifar10", root)
+    folders = (base / "cifar-10-batches-bin", base / "cifar-10-batches-py")
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"data: there must be a folder {folders[0]} or {folders[1].name}")
+    binary = folder is folders[0]
+    read, suffix = (read_cifar_binary, ".bin") if binary else (read_cifar_pickle, "")
+    paths = [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)]
+    present = [path for path in paths if path.is_file()]
+    if not present:
+        raise FileNotFoundError(f"data: there must be at least one batch, such as {paths[0]}")
+    test = folder / f"test_batch{suffix}"
+    if not test.is_file():
+        raise FileNotFoundError(f"data: there must be a file {test}")
+    batches = [_cifar_batch(read, path) for path in present]
+    images = np.concatenate([b[0] for b in batches])
+    labels = np.concatenate([b[1] for b in batches])
+    return (images, labels), _cifar_batch(read, test)
+
+
+def _cifar_batch(read: Callable[[Path], Split], path: Path) -> Split:
+    images, labels = read(path)
+    return images, _checked_labels(labels, path)
+
+
+def _checked_labels(labels: Bytes, path: Path) -> Bytes:
+    if labels.max() > 9:
+        raise DataError(path, "labels must be 0 to 9", labels.max())
+    return labels
+
+
+def _folder(name: str, root: str | Path | None) -> Path:
+    chosen = root if root is not None else os.environ.get("FASTRES_DATA")
+    if not chosen:
+        raise ValueError(
+            f"data: {name} needs its folder in --data-root or the variable FASTRES_DATA, got none"
+        )
+    path = Path(chosen)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data: --data-root must be a folder, got {path}")
+    return path
+
+
+_READERS: Final = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
+NAMES: Final = tuple(_READERS)

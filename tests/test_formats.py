@@ -1,0 +1,173 @@
+"""Claims about fastres.formats: what is read, and what is said about a file that is wrong."""
+
+import gzip
+import os
+import pickle
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastres.formats import DataError, read_cifar_binary, read_cifar_pickle, read_idx
+
+
+def idx(*shape: int, values: bytes | None = None, magic: int | None = None) -> bytes:
+    body = bytes(int(np.prod(shape))) if values is None else values
+    code = 0x800 + len(shape) if magic is None else magic
+    return struct.pack(f">I{len(shape)}I", code, *shape) + body
+
+
+@pytest.fixture(params=["images.gz", "images"])
+def file(request, tmp_path: Path) -> Path:
+    return tmp_path / request.param
+
+
+def write(file: Path, content: bytes) -> None:
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+
+
+def test_idx_values_come_in_the_stated_shape(file):
+    write(file, idx(2, 3, 4, values=bytes(range(24))))
+    assert np.array_equal(read_idx(file, 3), np.arange(24).reshape(2, 3, 4))
+
+
+BAD_IDX = {
+    "magic number must be 0x00000803, got 0x00000801": idx(5, 28, 28, magic=0x801),
+    "magic number must be 0x00000803, got 0x": b"",
+    "header must have 16 bytes, got 10": idx(5, 28, 28)[:10],
+    "must hold 3920 values for shape [5, 28, 28], got 3919": idx(5, 28, 28)[:-1],
+    "must hold 3920 values for shape [5, 28, 28], got more": idx(5, 28, 28) + b"0",
+    "must hold 1 to 1073741824 values, got shape [0, 28, 28]": idx(0, 28, 28),
+    "must hold 1 to 1073741824 values, got shape [4294967295, 28, 28]": idx(
+        2**32 - 1, 28, 28, values=b""
+    ),
+    # says 1 GiB and has two bytes: memory follows what is there
+    "must hold 1073741824 values for shape [1048576, 32, 32], got 2": idx(
+        2**20, 32, 32, values=b"ab"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_IDX)
+def test_a_wrong_idx_file_is_refused_with_name_rule_and_value(file, message):
+    write(file, BAD_IDX[message])
+    with pytest.raises(DataError, match=re.escape(f"{file}: {message}") + "$"):
+        read_idx(file, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not gzip"])
+def test_a_damaged_gzip_file_is_refused_with_its_name(tmp_path, damage):
+    file = tmp_path / "images.gz"
+    content = bytearray(gzip.compress(idx(5, 28, 28)))
+    if damage == "flipped":
+        content[-6] ^= 0xFF  # in the checksum
+    file.write_bytes({"cut": content[:-10], "not gzip": b"text"}.get(damage, content))
+    with pytest.raises(DataError, match=r"images.gz: must be an? \w+ gzip file, got "):
+        read_idx(file, 3)
+
+
+# the official CIFAR-10 files hold 10,000 images each, so these do too
+
+
+@pytest.fixture(scope="module")
+def records() -> np.ndarray:
+    records = np.random.default_rng(0).integers(0, 256, (10_000, 3073), np.uint8)
+    records[:, 0] = np.arange(10_000) % 10
+    return records
+
+
+def batch(records: np.ndarray, **changes: object) -> dict[bytes, object]:
+    content = {"data": records[:, 1:].copy(), "labels": records[:, 0].tolist(), "batch_label": b"x"}
+    return {key.encode(): value for key, value in {**content, **changes}.items()}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])  # 2 is that of the official files
+def test_both_cifar_layouts_hold_the_same_images(tmp_path, records, protocol):
+    binary, python = tmp_path / "data_batch_1.bin", tmp_path / "data_batch_1"
+    binary.write_bytes(records.tobytes())
+    python.write_bytes(pickle.dumps(batch(records), protocol=protocol))
+    images, labels = read_cifar_binary(binary)
+    assert images.shape == (10_000, 3, 32, 32)
+    assert labels[:11].tolist() == [*range(10), 0]
+    assert images[7, 1, 2, 3] == records[7, 1 + 1024 + 2 * 32 + 3]  # channels, rows, columns
+    unpickled = read_cifar_pickle(python)
+    assert np.array_equal(unpickled[0], images)
+    assert np.array_equal(unpickled[1], labels)
+
+
+@pytest.mark.parametrize("size", [0, 3073, 30_726_927, 30_730_001])
+def test_a_binary_cifar_file_of_another_size_is_refused(tmp_path, size):
+    file = tmp_path / "test_batch.bin"
+    file.touch()
+    os.truncate(file, size)
+    with pytest.raises(DataError, match=f"test_batch.bin: must have 30730000 bytes, got {size}"):
+        read_cifar_binary(file)
+
+
+class Hostile:
+    """Pickles to a call of any function with any arguments."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("function", [os.system, eval, np.load, np.ndarray, getattr])
+def test_a_pickle_cannot_call_anything(tmp_path, function, protocol):
+    witness, file = tmp_path / "ran", tmp_path / "data_batch_3"
+    bomb = Hostile(function, f"touch {witness}")
+    file.write_bytes(pickle.dumps({b"data": bomb, b"labels": []}, protocol=protocol))
+    with pytest.raises(DataError, match="data_batch_3: must be a pickle of plain arrays, got "):
+        read_cifar_pickle(file)
+    assert not witness.exists()
+
+
+def test_the_same_pickle_does_run_a_command_in_the_ordinary_unpickler(tmp_path):
+    witness = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Hostile(os.system, f"touch {witness}")))
+    assert witness.exists()  # else the test above would prove nothing
+
+
+def test_an_array_of_a_claimed_size_is_not_allocated(tmp_path):
+    file = tmp_path / "data_batch_1"
+    array = Hostile(np.empty(0, np.uint8).__reduce__()[0], np.ndarray, (2**40,), b"b")
+    file.write_bytes(pickle.dumps({b"data": array, b"labels": []}, protocol=2))
+    with pytest.raises(DataError, match=r"data must be .* of shape \[10000, 3072\], got \(0,\)"):
+        read_cifar_pickle(file)
+
+
+def test_a_huge_pickle_is_not_read(tmp_path):
+    file = tmp_path / "data_batch_1"
+    file.touch()
+    os.truncate(file, 2**40)  # sparse: takes no space
+    with pytest.raises(DataError, match=f"must have at most 67108864 bytes, got {2**40}"):
+        read_cifar_pickle(file)
+
+
+BAD_PICKLES = {
+    "must be a pickle of plain arrays, got": lambda r: pickle.dumps(batch(r))[:-400],
+    "got the forbidden name": lambda r: pickle.dumps(batch(r, data=np.float64(3))),
+    "instead of u1": lambda r: pickle.dumps(batch(r, data=np.zeros(3)), protocol=2),
+    "must hold a dict, got list": lambda _: pickle.dumps([1]),
+    r"data must be .* got \(9999, 3072\)": lambda r: pickle.dumps(batch(r[1:]), protocol=2),
+    "data must be .* got NoneType": lambda _: pickle.dumps({}),
+    "labels must be a list of 10000, got 1$": lambda r: pickle.dumps(
+        batch(r, labels=[1]), protocol=2
+    ),
+    "labels must be integers from 0 to 255, got -1": lambda r: pickle.dumps(
+        batch(r, labels=[-1] * 10_000), protocol=2
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_PICKLES)
+def test_a_wrong_pickle_is_refused_with_name_rule_and_value(tmp_path, records, message):
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(BAD_PICKLES[message](records))
+    with pytest.raises(DataError, match=f"data_batch_1: .*{message}"):
+        read_cifar_pickle(file)
