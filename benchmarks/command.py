@@ -1,0 +1,135 @@
+"""command: the command line of every benchmark, and the run over its cases, threads and clocks."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import limits, machine, results
+from benchmarks.case import OURS, Case, Protocol
+from benchmarks.clocks import Clock, EventClock, GraphClock, WallClock
+from benchmarks.harness import run_case
+
+CPU, CUDA, SMOKE = Protocol(), Protocol((11, 41), 1.0), Protocol((2, 2), 0.0, 0.0, 0.0)
+NOT_COMPILED = "^(?!compile)"  # compiling takes seconds: not in a smoke run
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line that all benchmarks share."""
+    arguments = argparse.ArgumentParser(description="Measure fastres in interleaved runs.")
+    arguments.add_argument("names", nargs="*", help="benchmarks to run; all of them by default")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--threads", type=int, nargs="+", help="CPU threads; 1 and 2 by default")
+    arguments.add_argument("--filter", default="", help="only cases whose title has this regex")
+    arguments.add_argument("--variants", default="", help="only variants whose name has this regex")
+    arguments.add_argument("--smoke", action="store_true", help="tiny shapes, nothing is written")
+    arguments.add_argument("--out", type=Path, default=results.FOLDER, help="folder for results")
+    arguments.add_argument("--minutes", type=float, default=60.0, help="stop starting cases then")
+    arguments.add_argument("--commit", help="commit of the sources where git cannot tell")
+    return arguments
+
+
+def run(modules: Iterable[ModuleType], argv: list[str] | None = None) -> int:
+    """Run benchmark modules as the command line asks; 0 if fastres was measured in every case."""
+    arguments = parser().parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks: --device cuda needs an NVIDIA GPU, and torch sees none")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    kept = machine.hold_memory()
+    status = 0
+    for module in modules:
+        if arguments.names and module.NAME not in arguments.names:
+            continue
+        report = measure(module, arguments, deadline)
+        if not report["rows"]:
+            print(f"{module.NAME}: no case was measured")
+        report["protocol"]["memory"] = kept
+        for entry in report["not_measured"]:
+            print(f"not measured: {entry['variant']}: {entry['reason']} ({len(entry['cases'])})")
+            status |= entry["variant"] == OURS
+        if arguments.smoke or arguments.filter or arguments.variants:
+            print("nothing written: --smoke, --filter or --variants was given")
+        else:
+            print(f"written: {results.save(report, arguments.out).name}")
+    return int(status)
+
+
+def measure(module: ModuleType, arguments: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """Run one benchmark and return its report, as `results` documents it."""
+    device = torch.device(arguments.device)
+    protocol = SMOKE if arguments.smoke else CUDA if device.type == "cuda" else CPU
+    threads = arguments.threads or ([1] if device.type == "cuda" or arguments.smoke else [1, 2])
+    report = results.empty(module.NAME, machine.environment(device, arguments.commit), protocol)
+    for count in threads:
+        torch.set_num_threads(count)
+        peaks = limits.peaks(device, arguments.smoke)
+        report["limits"].append({"threads": count, "gemm_flops": peaks})
+        on = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+        with on:  # backward passes are captured on the stream of their forward pass: see GraphClock
+            for case, clock in _progress(selected(module, device, arguments), f"{count} threads"):
+                if time.monotonic() > deadline:
+                    results.miss(report, case, clock.name, OURS, "the time given was over")
+                    continue
+                rows = one(case, clock, device, count, protocol, peaks, report, arguments.variants)
+                report["rows"] += rows
+                results.show(case, clock.name, count, rows)
+    return report
+
+
+def one(
+    case: Case, clock: Clock, device: torch.device, threads: int, protocol: Protocol,
+    peaks: dict[str, float], report: dict[str, Any], only: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure a case by a clock, note in the report what is missing, and return its rows."""
+    torch._dynamo.reset()  # else the ninth shape of a function is no longer compiled
+    gc.collect()
+    variants = {**case.variants, **limits.copies(case, device, threads)}
+    only = only or (NOT_COMPILED if protocol is SMOKE else "")
+    variants = {k: v for k, v in variants.items() if re.search(only, k) or k == OURS or v.limit}
+    if case.slow:
+        protocol = replace(protocol, rounds=(min(5, protocol.rounds[0]), 41), budget=30.0)
+    rows, missing = run_case(case, variants, sets(case, device), clock, protocol, peaks["float32"])
+    for variant, reason in missing.items():
+        results.miss(report, case, clock.name, variant, reason)
+    results.judge(report, case, clock.name, threads, rows)
+    return [{"threads": threads, **row} for row in rows]
+
+
+def sets(case: Case, device: torch.device) -> int:
+    """Return how many sets of buffers a case rotates over: four caches of traffic."""
+    if case.cached:
+        return 1
+    return max(2, math.ceil(4 * machine.cache(device) / case.bytes))
+
+
+def selected(
+    module: ModuleType, device: torch.device, arguments: argparse.Namespace
+) -> list[tuple[Case, Clock]]:
+    """Return the cases that the command line selects, each with the clocks of the device."""
+    clocks: list[Clock] = [EventClock(), GraphClock()] if device.type == "cuda" else [WallClock()]
+    cases: Iterator[Case] = module.cases(device, arguments.smoke)
+    return [
+        (case, clock)
+        for case in cases
+        if re.search(arguments.filter, f"{module.NAME} {case.title}")
+        for clock in clocks
+    ]
+
+
+def _progress(pairs: list[tuple[Case, Clock]], what: str) -> Iterable[tuple[Case, Clock]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return pairs
+    return tqdm(pairs, desc=what, unit="case", disable=None)

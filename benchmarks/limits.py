@@ -1,0 +1,88 @@
+"""limits: what the device can do at best: copies of as many bytes as a case moves, and a GEMM."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks.case import Case, Variant
+from benchmarks.clocks import Call, EventClock
+
+
+def copies(case: Case, device: torch.device, threads: int) -> dict[str, Variant]:
+    """Return the copies that read and write `case.bytes` in all; the fastest is the limit."""
+    if not case.bytes:
+        return {}
+    half = max(64, int(case.bytes) // 2)
+
+    def pair() -> tuple[torch.Tensor, torch.Tensor]:
+        # Integers, so that negating them is a kernel that does nothing but copy.
+        source = torch.randint(1, 2**31 - 1, (half // 4,), dtype=torch.int32, device=device)
+        return source, torch.empty_like(source)
+
+    def torch_copy(*_: torch.Tensor) -> Call:
+        source, target = pair()
+        return lambda: target.copy_(source)
+
+    def kernel(*_: torch.Tensor) -> Call:
+        source, target = pair()
+        return lambda: torch.neg(source, out=target)
+
+    def memcpy(*_: torch.Tensor) -> Call:
+        return _memcpy(*pair(), threads)
+
+    second = {"copy kernel": kernel} if device.type == "cuda" else {"memcpy": memcpy}
+    found = {"copy_": torch_copy, **second}
+    return {f"limit: {k}": Variant(build, case.bytes, limit=True) for k, build in found.items()}
+
+
+def _memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> Call:
+    """Return a call of the C library's memcpy, split over the threads."""
+    size = source.nbytes
+    step = -(-size // threads // 64) * 64
+    parts = [(at, min(step, size - at)) for at in range(0, size, step)]
+    to, of = target.data_ptr(), source.data_ptr()
+    if len(parts) == 1 or size < 1 << 20:  # below, handing it to a thread costs more than it gains
+        return lambda: (ctypes.memmove(to, of, size), source, target)
+    pool = ThreadPoolExecutor(len(parts) - 1)
+
+    def call() -> None:
+        others = [pool.submit(ctypes.memmove, to + at, of + at, n) for at, n in parts[1:]]
+        ctypes.memmove(to, of, parts[0][1])
+        for other in others:
+            other.result()
+
+    call.keep = (source, target)  # type: ignore[attr-defined]
+    return call
+
+
+def gemm(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) -> float:
+    """Return the floating-point operations per second of the best of a few large products.
+
+    float32 is without TF32 on a GPU.
+    """
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            seconds.append(EventClock().elapsed(lambda: torch.mm(a, b, out=out), 3) / 3)
+        else:
+            began = time.perf_counter()
+            torch.mm(a, b, out=out)
+            seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
+    """Measure the GEMM peak in float32, and in bfloat16 on a GPU, in operations per second."""
+    if device.type == "cuda":
+        size = 512 if smoke else 8192
+        kinds = (torch.float32, torch.bfloat16)
+    else:
+        size, kinds = (64 if smoke else 2048), (torch.float32,)
+    return {str(kind).removeprefix("torch."): gemm(device, kind, size) for kind in kinds}
