@@ -1,0 +1,194 @@
+"""training: minibatch training of a classifier, the same bit for bit under the same seed on CPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fastres.data import Data
+
+
+@dataclass(frozen=True)
+class History:
+    """What one training run did."""
+
+    losses: tuple[float, ...]  # mean training loss of each epoch
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW, linear warm-up over a tenth of the steps, then cosine decay to 0.
+
+    The gradient is clipped to norm 1: without it, residual MLPs of 300 blocks end at twice the
+    error on the digits for one learning rate in three.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train: {name} must be >= {least}, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf or self.clip <= 0:
+            raise ValueError(f"train: rates must be positive and finite, got {self}")
+
+
+class Bar(Protocol):
+    """What train needs of a progress bar."""
+
+    def update(self, n: int) -> object:
+        """Advance by n steps."""
+
+
+class Stepper:
+    """One model with its optimiser, advanced one batch per call."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        warm = max(steps // 10, 1)
+
+        def rate(step: int) -> float:
+            return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward, backward, update: x [B, ...], y [B] -> the loss before the update."""
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: str | None = None,
+) -> History:
+    """Train a classifier in place on the training half of a data set.
+
+    The same seed, model and number of threads give the same weights bit for bit on CPU.
+
+    Args:
+        model: Maps [B, C, H, W] to logits [B, classes]; moved to the device.
+        data: The data set.
+        recipe: How; Recipe() if None.
+        seed: Of the order of the minibatches, an own generator.
+        device: Where to train.
+        progress: Label of a progress bar on stderr; None for no bar.
+
+    Returns:
+        The mean loss of each epoch and the seconds it took.
+
+    Raises:
+        ValueError: If the data set has no training samples.
+        FloatingPointError: If the loss of an epoch is not finite.
+    """
+    recipe = recipe or Recipe()
+    count = len(data.train_x)
+    if count == 0:
+        raise ValueError("train: data must have training samples, got 0")
+    x, y = data.train_x.to(device), data.train_y.to(device)
+    model.to(device).train()
+    batches = math.ceil(count / recipe.batch_size)
+    step = Stepper(model, recipe, recipe.epochs * batches)
+    order = torch.Generator().manual_seed(seed)
+    losses, start = [], time.perf_counter()
+    with _bar(progress, recipe.epochs * batches) as bar:
+        for epoch in range(recipe.epochs):
+            total = torch.zeros((), device=x.device)
+            shuffled = torch.randperm(count, generator=order).to(x.device)  # drawn on the CPU
+            for chosen in shuffled.split(recipe.batch_size):  # type: ignore[no-untyped-call]
+                total += step(x[chosen], y[chosen]) * len(chosen)
+                bar.update(1)
+            losses.append(total.item() / count)
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"train: loss must stay finite, got {losses[-1]} in epoch {epoch + 1}"
+                )
+    return History(tuple(losses), time.perf_counter() - start)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 2048) -> float:
+    """Measure the fraction of wrong answers in eval mode; the model's mode is put back.
+
+    Args:
+        model: Maps x [B, ...] to logits [B, classes].
+        x: Inputs, [N, ...].
+        y: Classes, [N] int64.
+        batch_size: Samples per forward pass; bounds the memory.
+
+    Returns:
+        The error, 0 to 1.
+
+    Raises:
+        ValueError: If there are no samples.
+    """
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"evaluate: x and y must be as many, at least 1, got {len(x)}, {len(y)}")
+    wrong = 0
+    with evaluating(model):
+        for start in range(0, len(x), batch_size):
+            part = slice(start, start + batch_size)
+            wrong += int((model(x[part]).argmax(1) != y[part]).sum())
+    return wrong / len(x)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module of it back into its own mode at the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _NoBar:
+    def update(self, n: int) -> object:
+        return None
+
+
+@contextmanager
+def _bar(label: str | None, steps: int) -> Iterator[Bar]:
+    """A progress bar on stderr, or nothing without a label or without tqdm."""
+    if label is None:
+        yield _NoBar()
+        return
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield _NoBar()
+        return
+    # a log file gets a line now and then, a terminal a bar that moves
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=steps, desc=label, unit="step", mininterval=interval) as bar:
+        yield bar
