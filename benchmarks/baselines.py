@@ -8,6 +8,7 @@ rounded to the storage type before they are summed: cheaper, and less exact, tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -84,8 +85,11 @@ def compile_modes(device: torch.device) -> list[tuple[str, str, bool]]:
 
 
 def _compiled(mode: str) -> Callable[..., Call]:
-    function = torch.compile(in_float32, fullgraph=True, dynamic=False, mode=mode)
-    return lambda x, f: lambda: function(x, f)
+    @cache  # one for all sets of buffers, and none before it is asked for
+    def compiled() -> Callable[..., Sums]:
+        return torch.compile(in_float32, fullgraph=True, dynamic=False, mode=mode)
+
+    return lambda x, f: partial(compiled(), x, f)
 
 
 def backward_variants(device: torch.device, dtype: torch.dtype, numel: int) -> dict[str, Variant]:
@@ -105,13 +109,15 @@ def pull(y: Tensor, x: Tensor, f: Tensor, g: Tensor) -> Call:
 
 
 def _compiled_backward(mode: str) -> Callable[..., Call]:
-    import torch._functorch.config as config
-
-    function = torch.compile(lambda x, f: torch.relu(x + f), dynamic=False, mode=mode)
+    @cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(lambda x, f: torch.relu(x + f), dynamic=False, mode=mode)
 
     def build(x: Tensor, f: Tensor, g: Tensor) -> Call:
+        import torch._functorch.config as config
+
         with config.patch(donated_buffer=False):  # else its backward runs only once
-            return pull(function(x, f), x, f, g)
+            return pull(compiled()(x, f), x, f, g)
 
     return build
 

@@ -135,7 +135,7 @@ def run_case(
     interleave(ready.values(), clock, protocol)
     ours = ready[OURS].samples
     copies = [statistics.median(t.samples) for t in ready.values() if t.variant.limit]
-    floor = max([case.flops / peak] * bool(peak) + [min(copies, default=0.0)], default=0.0)
+    floor = max(case.flops / peak if peak else 0.0, min(copies, default=0.0))
     shared = {"case": case.name, "shape": list(case.shape), "layout": case.layout,
               "dtype": str(case.dtype).removeprefix("torch."), "headline": case.headline,
               "cached": case.cached, "bytes": case.bytes, "flops": case.flops,

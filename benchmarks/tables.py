@@ -1,0 +1,140 @@
+"""tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
+every case, else only those that the benchmark calls headline. Run `python -m benchmarks.tables`
+to rewrite them, with `--check` to fail where one is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.case import OURS
+from benchmarks.machine import ROOT
+
+MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
+KEY = ("case", "shape", "layout", "dtype", "threads", "clock")
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def group(variant: str) -> str:
+    """Return the column of a variant: of eager and of compiled forms the fastest is shown."""
+    return variant.split()[0] if variant.startswith(("eager", "compile")) else variant
+
+
+def seconds(value: float) -> str:
+    """Write seconds with a unit and three digits.
+
+    Example:
+        >>> seconds(0.00001234), seconds(0.0567)
+        ('12.3 us', '56.7 ms')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * scale >= 1 or unit == "us":
+            digits = f"{value * scale:#.3g}" if value * scale < 1000 else f"{value * scale:.0f}"
+            return f"{digits.rstrip('.')} {unit}"
+    raise AssertionError
+
+
+def table(report: Report, everything: bool) -> str:
+    """Return the Markdown table of one report: a line per case, a column per alternative."""
+    rows = [row for row in report["rows"] if everything or row["headline"]]
+    by_case: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        by_case.setdefault(tuple(str(row[key]) for key in KEY), []).append(row)
+    others = {row["variant"]: None for row in rows if not row["limit"] and row["variant"] != OURS}
+    columns = list(dict.fromkeys(group(name) for name in others))
+    memory = any(row["bytes"] for row in rows)
+    gpu = report["device"]["kind"] == "cuda"
+    head = ["case", "shape", "dtype", "timed by" if gpu else "threads", "fastres"]
+    head += ["GB/s", "of copy"] * memory + [f"{name}, ratio" for name in columns]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for found in by_case.values():
+        lines.append("| " + " | ".join(_cells(found, columns, memory, gpu)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(found: list[Row], columns: list[str], memory: bool, gpu: bool) -> list[str]:
+    """Return the cells of one case."""
+    ours = next(row for row in found if row["variant"] == OURS)
+    layout = "" if ours["layout"] == "contiguous" else f" {ours['layout']}"
+    cells = [ours["case"], f"{ours['shape']}{layout}", ours["dtype"]]
+    cells += [ours["clock"] if gpu else str(ours["threads"]), seconds(ours["median_s"])]
+    if memory:
+        moved = ours["bytes"] > 0
+        cells.append(f"{ours['gb_per_s']:.1f}" if moved else "")
+        cells.append(f"{ours['fraction']:.0%}" if moved and ours["fraction"] else "")
+    for name in columns:
+        ratios = [row["ratio"] for row in found if group(row["variant"]) == name]
+        cells.append(f"{min(ratios):.2f}x" if ratios else "")
+    return cells
+
+
+def caption(report: Report) -> str:
+    """Return the line that says where a table comes from, and what could not be measured."""
+    device, versions = report["device"], report["versions"]
+    cores = f", {device['cores']} cores, {device['simd']}" if device["kind"] == "cpu" else ""
+    text = (
+        f"{device['name']}{cores}; torch {versions['torch']}, commit {report['commit']}, "
+        f"{report['date']}. Medians of interleaved runs; a ratio is the time of the alternative "
+        f"over that of fastres (of several eager or compiled forms, the fastest)."
+    )
+    missing = {
+        f"{entry['variant']} ({entry['reason']})"
+        for entry in report["not_measured"]
+        if "is not installed" in entry["reason"]
+    }
+    return text + (f" Not measured: {', '.join(sorted(missing))}." if missing else "")
+
+
+def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
+    """Return what stands between the markers for one benchmark, all devices one after another."""
+    parts = []
+    for kind, where in KINDS.items():
+        found = [r for r in reports if r["name"] == name and r["device"]["kind"] == kind]
+        for report in found:
+            parts += [table(report, everything), caption(report)]
+        if not found:
+            parts.append(f"Not yet measured on {where}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def render(text: str, reports: list[Report]) -> str:
+    """Return a document with its tables made anew."""
+    return MARKED.sub(lambda m: m[1] + section(m[2], bool(m[3]), reports) + m[4], text)
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """Return the documents that may hold tables."""
+    return [path for path in [root / "README.md", *sorted(root.glob("docs/*.md"))] if path.exists()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the tables, or check them; 1 where a check finds one that is not up to date."""
+    arguments = argparse.ArgumentParser(description=main.__doc__)
+    arguments.add_argument("--check", action="store_true", help="change nothing, fail if stale")
+    check = arguments.parse_args(argv).check
+    reports = results.load()
+    stale = []
+    for path in documents():
+        text = path.read_text()
+        fresh = render(text, reports)
+        if fresh != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(fresh)
+    for name in stale:
+        print(f"{name}: tables {'are stale: run `make tables`' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

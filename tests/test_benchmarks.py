@@ -1,0 +1,198 @@
+"""benchmarks: interleaving and statistics by a fake clock, result files, tables, a smoke run."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine, residual_add, results, tables
+from benchmarks.case import OURS, Case, Protocol, Variant
+from benchmarks.clocks import UnavailableError, WallClock
+from benchmarks.command import measure, run
+from benchmarks.harness import rotation, run_case, summarise
+
+
+class FakeClock:
+    """A clock that stands still except where a variant is called; it keeps the order of calls."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def variant(self, name, *seconds):
+        left = list(seconds)
+
+        def build(*_):
+            def call():
+                self.calls.append(name)
+                self.now += left.pop(0) if len(left) > 1 else left[0]
+
+            return call
+
+        return Variant(build, bytes=6000.0)
+
+
+def case(variants, **given):
+    fields = {"bytes": 2000.0, "flops": 0.0, "cached": False, **given}
+    return Case("fake", (1,), torch.float32, lambda: (), variants, **fields)
+
+
+ONCE = Protocol(rounds=(3, 3), budget=0.0, sample=0.0, warm_up=0.0)
+
+
+def run_fake(variants, fake, protocol=ONCE, **given):
+    work = case(variants, **given)
+    rows, missing = run_case(work, variants, 1, WallClock(lambda: fake.now), protocol, 0.0)
+    return {row["variant"]: row for row in rows}, missing
+
+
+def test_every_round_times_every_variant_once():
+    fake = FakeClock()
+    run_fake({OURS: fake.variant("a", 1.0), "b": fake.variant("b", 2.0)}, fake)
+    assert fake.calls[-6:] == ["a", "b"] * 3
+
+
+def test_cached_cases_are_brought_back_into_the_cache_before_each_sample():
+    fake = FakeClock()
+    run_fake({OURS: fake.variant("a", 1.0), "b": fake.variant("b", 2.0)}, fake, cached=True)
+    assert fake.calls[-8:] == ["a", "a", "b", "b"] * 2
+
+
+def test_figures_follow_from_the_times():
+    fake = FakeClock()
+    variants = {
+        OURS: fake.variant("a", 2.0),
+        "b": fake.variant("b", 5.0),
+        "limit: copy": Variant(fake.variant("c", 1.0).build, limit=True),
+    }
+    rows, _ = run_fake(variants, fake)
+    assert rows["b"]["median_s"] == pytest.approx(5.0)
+    assert rows["b"]["ratio"] == pytest.approx(2.5)
+    assert rows["b"]["fraction"] == pytest.approx(0.2)
+    assert rows[OURS]["gb_per_s"] == pytest.approx(2000 / 2.0 / 1e9)
+    assert rows["b"]["predicted"] == pytest.approx(3.0)
+
+
+def test_fast_calls_are_repeated_until_a_sample_is_long_enough():
+    fake = FakeClock()
+    protocol = Protocol(rounds=(2, 2), budget=0.0, sample=1.0, warm_up=0.0)
+    rows, _ = run_fake({OURS: fake.variant("a", 0.3)}, fake, protocol)
+    assert rows[OURS]["inner"] == 4
+    assert rows[OURS]["median_s"] == pytest.approx(0.3)
+
+
+def test_the_ratio_is_taken_within_rounds():
+    # The machine slows down tenfold in the last two rounds: the ratio stays 2.
+    figures = summarise([2.0, 20.0, 20.0], [1.0, 10.0, 10.0])
+    assert figures["ratio"] == 2.0
+    assert (figures["q1"], figures["median_s"], figures["q3"]) == (11.0, 20.0, 20.0)
+
+
+def test_a_variant_that_cannot_be_measured_is_listed_with_its_reason():
+    def absent(*_):
+        raise UnavailableError("liger_kernel is not installed")
+
+    def broken(*_):
+        raise RuntimeError("no such kernel\nlong trace")
+
+    fake = FakeClock()
+    variants = {OURS: fake.variant("a", 1.0), "p": Variant(absent), "q": Variant(broken)}
+    rows, missing = run_fake(variants, fake)
+    assert set(rows) == {OURS}
+    assert missing["p"] == "liger_kernel is not installed"
+    assert missing["q"] == "RuntimeError: no such kernel"
+
+
+def test_buffers_rotate_in_order():
+    seen = []
+    call = rotation([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(5):
+        call()
+    assert seen == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "cores", "name"),
+    [
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", 2, "intel-xeon-2.5ghz-2-cores"),
+        ("Intel(R) Xeon(R) Platinum 8488C", 8, "intel-xeon-platinum-8488c-8-cores"),
+        ("AMD EPYC 9R14 96-Core Processor", 4, "amd-epyc-9r14-4-cores"),
+        ("NVIDIA H100 80GB HBM3", None, "nvidia-h100-80gb-hbm3"),
+        ("Intel(R) Xeon(R) CPU @ 3.00GHz", 1, "intel-xeon-3ghz-1-cores"),
+    ],
+)
+def test_a_device_gets_a_folder_name(model, cores, name):
+    assert machine.slug(model, cores) == name
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    """The report of a smoke run of residual_add."""
+    before = torch.get_num_threads()
+    asked = {"device": "cpu", "threads": [1], "filter": "", "variants": "", "commit": "0123456789"}
+    report = measure(residual_add, Namespace(**asked, smoke=True), float("inf"))
+    torch.set_num_threads(before)
+    return report
+
+
+def test_a_smoke_run_measures_every_case_and_writes_nothing(tmp_path, capsys):
+    before = torch.get_num_threads()
+    assert run([residual_add], ["--smoke", "--out", str(tmp_path)]) == 0
+    torch.set_num_threads(before)
+    assert list(tmp_path.iterdir()) == []
+    assert "call [1, 8] float32" in capsys.readouterr().out
+
+
+def test_a_report_has_what_is_documented_and_comes_back_whole(smoke, tmp_path):
+    path = results.save(smoke, tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == ["residual_add.json"]
+    [loaded] = results.load(tmp_path)
+    check_keys(loaded)
+    assert loaded == json.loads(json.dumps(smoke))
+
+
+def check_keys(report):
+    assert set(report) == results.FILE
+    assert {"fastres", "torch", "python", "build"} <= set(report["versions"])
+    assert report["rows"]
+    assert all(set(row) == results.ROW for row in report["rows"])
+    assert report["commit"]
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*/*.json")), ids=lambda p: p.stem)
+def test_committed_results_are_complete(path):
+    report = json.loads(path.read_text())
+    check_keys(report)
+    assert path.parent.name == report["device"]["slug"]
+    assert path.stem == report["name"]
+    measured = {(row["case"], row["threads"], row["clock"]) for row in report["rows"]}
+    ours = {(r["case"], r["threads"], r["clock"]) for r in report["rows"] if r["variant"] == OURS}
+    assert ours == measured
+
+
+def test_tables_are_up_to_date():
+    assert tables.main(["--check"]) == 0
+
+
+def test_tables_are_written_between_their_markers(smoke):
+    text = "before\n<!-- table: residual_add -->\nold\n<!-- end -->\nafter\n"
+    fresh = tables.render(text, [smoke])
+    assert fresh.startswith(
+        "before\n<!-- table: residual_add -->\n| case | shape | dtype | threads"
+    )
+    assert "old" not in fresh
+    assert fresh.endswith("Not yet measured on a GPU.\n<!-- end -->\nafter\n")
+    assert tables.render(fresh, [smoke]) == fresh
+
+
+def test_a_benchmark_without_results_says_so():
+    text = "<!-- table: unheard_of all -->\n<!-- end -->"
+    assert "Not yet measured on a CPU.\n\nNot yet measured on a GPU.\n" in tables.render(text, [])
+
+
+def test_every_operator_has_its_benchmark():
+    root = Path(machine.ROOT)
+    rooms = {p.name for p in (root / "csrc").iterdir() if (p / "kernel.h").exists()}
+    assert rooms <= {p.stem for p in (root / "benchmarks").glob("*.py")}
