@@ -1,0 +1,230 @@
+// tile: 16 numbers of an accumulate type in vector registers, and how they are loaded from and stored to tensors.
+// One source for every instruction set: cpu.cpp files are compiled once per set with FASTRES_ISA naming the namespace.
+// 16 lanes everywhere, so that sums have one order and a tile's comparison is one uint16_t.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include "dtype.h"
+
+#ifndef FASTRES_ISA
+#define FASTRES_ISA portable
+#endif
+
+namespace fastres::FASTRES_ISA {
+
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class E> struct VectorOf {
+  typedef E type __attribute__((vector_size(kVectorBytes)));
+};
+template <class E, int N> struct Packed {  // N elements side by side, also where N * sizeof(E) is no register
+  typedef E type __attribute__((vector_size(N * sizeof(E))));
+};
+
+template <class A> struct Tile {
+  using Vector = typename VectorOf<A>::type;
+  static constexpr int kWidth = kVectorBytes / sizeof(A);
+  static constexpr int kCount = kLanes / kWidth;
+  Vector v[kCount];
+
+  FASTRES_HD static Tile all(A value) {
+    Tile t;
+    for (auto& v : t.v) v = value - Vector{};
+    return t;
+  }
+  template <class F> FASTRES_HD static Tile map(const F& lanes) {  // lanes(i): vector i
+    Tile t;
+    for (int i = 0; i < kCount; ++i) t.v[i] = lanes(i);
+    return t;
+  }
+  FASTRES_HD friend Tile operator+(const Tile& a, const Tile& b) {
+    return map([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  FASTRES_HD friend Tile operator*(const Tile& a, const Tile& b) {
+    return map([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  FASTRES_HD friend Tile operator*(A a, const Tile& b) {
+    return map([&](int i) { return a * b.v[i]; });
+  }
+  FASTRES_HD Tile& operator+=(const Tile& b) { return *this = *this + b; }
+
+  FASTRES_HD A sum() const {  // in a fixed order: vectors, then halves of a vector
+    Vector s = v[0];
+    for (int i = 1; i < kCount; ++i) s += v[i];
+    return sum_halves<kWidth>(s);
+  }
+
+ private:
+  template <int N> FASTRES_HD static A sum_halves(const typename Packed<A, N>::type& s) {
+    if constexpr (N == 1) return s[0];
+    else {
+      typename Packed<A, N / 2>::type low, high;
+      std::memcpy(&low, &s, sizeof low);
+      std::memcpy(&high, reinterpret_cast<const char*>(&s) + sizeof low, sizeof high);
+      return sum_halves<N / 2>(low + high);
+    }
+  }
+};
+
+// Bit i: lane i is not <= 0, as torch's ReLU decides it (NaN passes).
+template <class A> FASTRES_HD uint16_t positive_bits(const Tile<A>& t) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Tile<A>::kCount; ++i) {
+    uint32_t part = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) part = _mm512_cmp_ps_mask((__m512)t.v[i], _mm512_setzero_ps(), _CMP_NLE_UQ);
+    else part = _mm512_cmp_pd_mask((__m512d)t.v[i], _mm512_setzero_pd(), _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(A) == 4)
+      part = _mm256_movemask_ps(_mm256_cmp_ps((__m256)t.v[i], _mm256_setzero_ps(), _CMP_NLE_UQ));
+    else part = _mm256_movemask_pd(_mm256_cmp_pd((__m256d)t.v[i], _mm256_setzero_pd(), _CMP_NLE_UQ));
+#else
+    for (int l = 0; l < Tile<A>::kWidth; ++l) part |= uint32_t(!(t.v[i][l] <= 0)) << l;
+#endif
+    bits |= part << (i * Tile<A>::kWidth);
+  }
+  return static_cast<uint16_t>(bits);
+}
+
+// Lanes whose bit is set, 0 elsewhere.
+template <class A> FASTRES_HD Tile<A> select(uint16_t bits, const Tile<A>& t) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return Tile<A>::map([&](int) { return (typename Tile<A>::Vector)_mm512_maskz_mov_ps(bits, (__m512)t.v[0]); });
+  } else {
+    return Tile<A>::map([&](int i) {
+      return (typename Tile<A>::Vector)_mm512_maskz_mov_pd(bits >> (8 * i), (__m512d)t.v[i]);
+    });
+  }
+#else
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  using Ints = typename VectorOf<Int>::type;
+  constexpr int kWidth = Tile<A>::kWidth;
+  Int lane_bit[kWidth];
+  for (int l = 0; l < kWidth; ++l) lane_bit[l] = Int(1) << l;
+  Ints lanes;
+  std::memcpy(&lanes, lane_bit, sizeof lanes);
+  return Tile<A>::map([&](int i) {
+    const Ints on = (lanes & Int(bits >> (i * kWidth))) != 0;
+    return (typename Tile<A>::Vector)((Ints)t.v[i] & on);
+  });
+#endif
+}
+
+// What a tensor stores: how 16 elements become a tile and back, rounding to nearest even.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T> struct Stored {  // float, double: no conversion
+  using A = T;
+  FASTRES_HD static Tile<A> load(const T* p) {
+    Tile<A> t;
+    std::memcpy(&t, p, sizeof t);
+    return t;
+  }
+  FASTRES_HD static void store(T* p, const Tile<A>& t) { std::memcpy(p, &t, sizeof t); }
+};
+
+template <> struct Stored<BFloat16> {
+  using A = float;
+  static constexpr int kWidth = Tile<A>::kWidth;
+  using Words = typename VectorOf<uint32_t>::type;
+  using Halves = typename Packed<uint16_t, kWidth>::type;
+  FASTRES_HD static Tile<A> load(const BFloat16* p) {
+    return Tile<A>::map([&](int i) {
+      Halves h;
+      std::memcpy(&h, p + i * kWidth, sizeof h);
+      return (Tile<A>::Vector)(__builtin_convertvector(h, Words) << 16);
+    });
+  }
+  FASTRES_HD static void store(BFloat16* p, const Tile<A>& t) {
+    for (int i = 0; i < Tile<A>::kCount; ++i) {
+      const Words w = (Words)t.v[i];
+      const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+      const Words nan = (Words)(t.v[i] != t.v[i]);
+      const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+      std::memcpy(p + i * kWidth, &h, sizeof h);
+    }
+  }
+};
+
+template <> struct Stored<Float16> {
+  using A = float;
+#if defined(__AVX512F__)
+  FASTRES_HD static Tile<A> load(const Float16* p) {
+    __m256i h;
+    std::memcpy(&h, p, sizeof h);
+    return {{(Tile<A>::Vector)_mm512_cvtph_ps(h)}};
+  }
+  FASTRES_HD static void store(Float16* p, const Tile<A>& t) {
+    const __m256i h = _mm512_cvtps_ph((__m512)t.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &h, sizeof h);
+  }
+#elif defined(__AVX2__)
+  FASTRES_HD static Tile<A> load(const Float16* p) {
+    return Tile<A>::map([&](int i) {
+      __m128i h;
+      std::memcpy(&h, p + 8 * i, sizeof h);
+      return (Tile<A>::Vector)_mm256_cvtph_ps(h);
+    });
+  }
+  FASTRES_HD static void store(Float16* p, const Tile<A>& t) {
+    for (int i = 0; i < Tile<A>::kCount; ++i) {
+      const __m128i h = _mm256_cvtps_ph((__m256)t.v[i], _MM_FROUND_TO_NEAREST_INT);
+      std::memcpy(p + 8 * i, &h, sizeof h);
+    }
+  }
+#else
+  FASTRES_HD static Tile<A> load(const Float16* p) {
+    _Float16 h[kLanes];
+    A a[kLanes];
+    std::memcpy(h, p, sizeof h);
+    for (int l = 0; l < kLanes; ++l) a[l] = static_cast<A>(h[l]);
+    return Stored<float>::load(a);
+  }
+  FASTRES_HD static void store(Float16* p, const Tile<A>& t) {
+    _Float16 h[kLanes];
+    A a[kLanes];
+    Stored<float>::store(a, t);
+    for (int l = 0; l < kLanes; ++l) h[l] = static_cast<_Float16>(a[l]);
+    std::memcpy(p, h, sizeof h);
+  }
+#endif
+};
+
+// The first n of 16 elements, the other lanes 0. With n = kLanes a constant the choice costs nothing.
+template <class T> FASTRES_HD auto load(const T* p, int64_t n) {
+  if (n == kLanes) return Stored<T>::load(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return Stored<T>::load(part);
+}
+template <class T, class A> FASTRES_HD void store(T* p, const Tile<A>& t, int64_t n) {
+  if (n == kLanes) return Stored<T>::store(p, t);
+  T part[kLanes];
+  Stored<T>::store(part, t);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+// Calls body(T()) with the stored type of a dtype.
+template <class Body> FASTRES_HD void visit_stored(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat64: return body(double());
+    case Dtype::kFloat32: return body(float());
+    case Dtype::kBFloat16: return body(BFloat16());
+    case Dtype::kFloat16: return body(Float16());
+  }
+}
+
+}  // namespace fastres::FASTRES_ISA

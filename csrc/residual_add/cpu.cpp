@@ -1,0 +1,186 @@
+// residual_add on the CPU: one pass over memory. A row is cut into segments, the unit of work of a thread, and a segment
+// into chunks, the unit of float32 summation. Segment sums are float64 and joined in order, so that the result does not
+// depend on the number of threads.
+#include "cpu.h"
+
+#include "../common/tile.h"
+
+namespace fastres::residual_add::FASTRES_ISA {
+namespace {
+
+using namespace fastres::FASTRES_ISA;
+
+// 2048: a float32 lane then adds 64 products, and its rounding stays below 1e-6 of the sum.
+constexpr int64_t kChunk = 2048;
+
+// Adds up tile(c, n, partial) over the tiles of [0, size); partial is one of two accumulators, because a single chain
+// of additions would be bound by their latency. `fold` takes both at the end of a chunk.
+template <class Partial, class OneTile, class Fold>
+FASTRES_HD void for_each_tile(int64_t size, const OneTile& tile, const Fold& fold) {
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
+    const int64_t end = begin + kChunk < size ? begin + kChunk : size;
+    Partial even{}, odd{};
+    int64_t c = begin;
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+      tile(c, kLanes, even);
+      tile(c + kLanes, kLanes, odd);
+    }
+    if (c + kLanes <= end) {
+      tile(c, kLanes, even);
+      c += kLanes;
+    }
+    if (c < end) tile(c, end - c, odd);
+    fold(even, odd);
+  }
+}
+
+// One segment of a row: where it begins in a [rows, cols] tensor and in the mask, and how long it is.
+struct Segment {
+  int64_t row, at, mask_at, size;
+  Segment(int64_t task, int64_t cols) {
+    const int64_t segments = segments_of(cols), c = task % segments * kSegment;
+    row = task / segments;
+    at = row * cols + c;
+    mask_at = row * ceil_div(cols, 8) + c / 8;
+    size = kSegment < cols - c ? kSegment : cols - c;
+  }
+};
+
+template <class T> const T* offset(const void* p, int64_t at) { return p ? static_cast<const T*>(p) + at : nullptr; }
+template <class T> T* offset(void* p, int64_t at) { return p ? static_cast<T*>(p) + at : nullptr; }
+
+template <class A, class Any> A gate_of(const Any& a, int64_t row) {
+  return a.gate ? static_cast<const A*>(a.gate)[row * a.gate_stride] : A(1);
+}
+
+template <class T, bool kGated, bool kRelu>
+Sums<double> forward_segment(const Args& a, const Segment& s) {
+  using A = typename Stored<T>::A;
+  using Tile = Tile<A>;
+  const T *x = offset<T>(a.x, s.at), *f = offset<T>(a.f, s.at);
+  T* y = offset<T>(a.y, s.at);
+  uint8_t* mask = offset<uint8_t>(a.mask, s.mask_at);
+  const A gate = gate_of<A>(a, s.row);
+  Sums<double> total;
+  for_each_tile<Sums<Tile>>(
+      s.size,
+      [&](int64_t c, int64_t n, Sums<Tile>& sums) __attribute__((always_inline)) {
+        const Tile skip = load(x + c, n), branch = load(f + c, n), p = kGated ? gate * branch : branch;
+        sums.add(skip, p);
+        Tile sum = skip + p;
+        if constexpr (kRelu) {
+          const uint16_t bits = positive_bits(sum) & ((1u << n) - 1);
+          sum = select(bits, sum);
+          if (mask) std::memcpy(mask + c / 8, &bits, ceil_div(n, 8));
+        }
+        store(y + c, sum, n);
+      },
+      [&](const Sums<Tile>& even, const Sums<Tile>& odd) __attribute__((always_inline)) {
+        total.skip_sq += (even.skip_sq + odd.skip_sq).sum();
+        total.branch_sq += (even.branch_sq + odd.branch_sq).sum();
+        total.dot += (even.dot + odd.dot).sum();
+      });
+  return total;
+}
+
+template <class T> auto pick_forward(const Args& a) {
+  if (a.relu) return a.gate ? forward_segment<T, true, true> : forward_segment<T, false, true>;
+  return a.gate ? forward_segment<T, true, false> : forward_segment<T, false, false>;
+}
+
+template <class A> void store_sums(const Args& a, int64_t row, const Sums<double>& sums) {
+  A* out = static_cast<A*>(a.sums) + row;
+  out[0] = static_cast<A>(sums.skip_sq);
+  out[a.rows] = static_cast<A>(sums.branch_sq);
+  out[2 * a.rows] = static_cast<A>(sums.dot);
+}
+
+template <class T> double backward_segment(const BackwardArgs& a, const Segment& s) {
+  using A = typename Stored<T>::A;
+  using Tile = Tile<A>;
+  const T *gy = offset<T>(a.gy, s.at), *x = offset<T>(a.x, s.at), *f = offset<T>(a.f, s.at);
+  T *gx = offset<T>(a.gx, s.at), *gf = offset<T>(a.gf, s.at);
+  const uint8_t* mask = offset<uint8_t>(a.mask, s.mask_at);
+  const A gate = gate_of<A>(a, s.row), *gs = static_cast<const A*>(a.gs) + s.row;
+  const SumGrads<A> sums = a.gs ? SumGrads<A>{gs[0], gs[a.rows], gs[2 * a.rows]} : SumGrads<A>{0, 0, 0};
+  const bool wants_gate = a.ggate;
+  double total = 0;
+  for_each_tile<Tile>(
+      s.size,
+      [&](int64_t c, int64_t n, Tile& gate_grad) __attribute__((always_inline)) {
+        Tile g = gy ? load(gy + c, n) : Tile{};
+        if (mask) {
+          uint16_t bits = 0;
+          std::memcpy(&bits, mask + c / 8, ceil_div(n, 8));
+          g = select(bits, g);
+        }
+        Tile gp = g;
+        if (a.gs) {
+          const Tile skip = load(x + c, n), p = gate * load(f + c, n);
+          gp = sums.perturbation(g, skip, p);
+          g = sums.skip(g, skip, p);
+        }
+        if (wants_gate) gate_grad += gp * load(f + c, n);
+        if (gx) store(gx + c, g, n);
+        if (gf) store(gf + c, gate * gp, n);
+      },
+      [&](const Tile& even, const Tile& odd) __attribute__((always_inline)) { total += (even + odd).sum(); });
+  return total;
+}
+
+// Does the tasks, each sum to its partial or, with one segment a row, to keep(row, sum).
+template <class Any, class Sum, class OneSegment, class Keep>
+void do_tasks(const Any& a, Sum* partial, int64_t begin, int64_t end, const OneSegment& segment, const Keep& keep) {
+  for (int64_t task = begin; task < end; ++task) {
+    const Segment s(task, a.cols);
+    const Sum sum = segment(a, s);
+    if (partial) partial[task] = sum;
+    else keep(s.row, sum);
+  }
+}
+
+}  // namespace
+
+void forward(const Args& a, Sums<double>* partial, int64_t begin, int64_t end) {
+  visit_stored(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    do_tasks(a, partial, begin, end, pick_forward<T>(a),
+             [&](int64_t row, const Sums<double>& sums) { store_sums<typename Stored<T>::A>(a, row, sums); });
+  });
+}
+
+void join_forward(const Args& a, const Sums<double>* partial) {
+  visit_stored(a.dtype, [&](auto t) {
+    for (int64_t row = 0, segments = segments_of(a.cols); row < a.rows; ++row) {
+      Sums<double> total;
+      for (int64_t i = 0; i < segments; ++i, ++partial) {
+        total.skip_sq += partial->skip_sq;
+        total.branch_sq += partial->branch_sq;
+        total.dot += partial->dot;
+      }
+      store_sums<typename Stored<decltype(t)>::A>(a, row, total);
+    }
+  });
+}
+
+void backward(const BackwardArgs& a, double* partial, int64_t begin, int64_t end) {
+  visit_stored(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    do_tasks(a, partial, begin, end, backward_segment<T>, [&](int64_t row, double sum) {
+      if (a.ggate) static_cast<typename Stored<T>::A*>(a.ggate)[row] = static_cast<typename Stored<T>::A>(sum);
+    });
+  });
+}
+
+void join_backward(const BackwardArgs& a, const double* partial) {
+  visit_stored(a.dtype, [&](auto t) {
+    using A = typename Stored<decltype(t)>::A;
+    for (int64_t row = 0, segments = segments_of(a.cols); row < a.rows; ++row) {
+      double total = 0;
+      for (int64_t i = 0; i < segments; ++i) total += *partial++;
+      static_cast<A*>(a.ggate)[row] = static_cast<A>(total);
+    }
+  });
+}
+
+}  // namespace fastres::residual_add::FASTRES_ISA
