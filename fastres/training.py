@@ -27,23 +27,18 @@ class History:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: AdamW, linear warm-up over a tenth of the steps, then cosine decay to 0.
-
-    The gradient is clipped to norm 1: without it, residual MLPs of 300 blocks end at twice the
-    error on the digits for one learning rate in three.
-    """
+    """How to train: AdamW, linear warm-up over a tenth of the steps, then cosine decay to 0."""
 
     epochs: int = 20
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 1e-2
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"train: {name} must be >= {least}, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf or self.clip <= 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"train: rates must be positive and finite, got {self}")
 
 
@@ -58,10 +53,9 @@ class Stepper:
     """One model with its optimiser, advanced one batch per call."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
-        self.model, self.recipe = model, recipe
-        self.parameters = list(model.parameters())
+        self.model = model
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         warm = max(steps // 10, 1)
 
@@ -75,7 +69,6 @@ class Stepper:
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()

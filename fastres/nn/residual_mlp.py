@@ -1,0 +1,175 @@
+"""residual_mlp: an MLP of L >= 0 residual blocks, x <- x + W2 act(W1 x + b1) + b2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fastres.sites import add
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# name -> (function, gain): Var(W1) = gain^2 / fan_in keeps E[act(W1 x)^2] near Var(x)
+_ACTIVATIONS: Final[Mapping[str, tuple[Callable[[Tensor], Tensor], float]]] = MappingProxyType(
+    {
+        "relu": (torch.relu, math.sqrt(2)),
+        "gelu": (F.gelu, math.sqrt(2)),
+        "silu": (F.silu, math.sqrt(2)),
+        "tanh": (torch.tanh, 5 / 3),
+        "sigmoid": (torch.sigmoid, 1.0),
+        "identity": (_identity, 1.0),
+    }
+)
+
+
+class ResidualStack(nn.Module):
+    """L residual blocks with all their weights in four tensors.
+
+    The stack is held as one so that it can run as one operator. Block l computes
+
+        x <- x + W2[l] act(W1[l] x + b1[l]) + b2[l]
+
+    At the start W1 is He-initialised (He et al. 2015, arXiv 1502.01852, eq. 10) and W2 keeps the
+    variance it is given, divided by L: standard deviation 1 / sqrt(H L), the uniform scaling of
+    Hayou et al. 2021, "Stable ResNet" (arXiv 2010.12859). Each relu block then adds 1/L of the
+    energy of its stream, so the energy grows by (1 + 1/L)^L < e through any number of blocks.
+
+    Args:
+        width: Features D of the stream.
+        blocks: Number of blocks L; 0 gives the identity.
+        hidden: Features H inside a branch; width if None.
+        activation: relu, gelu, silu, tanh, sigmoid or identity.
+
+    Raises:
+        ValueError: If a size is too small or the activation is not known.
+        TypeError: If a size is not an integer.
+    """
+
+    def __init__(
+        self, width: int, blocks: int, hidden: int | None = None, activation: str = "relu"
+    ) -> None:
+        super().__init__()
+        hidden = width if hidden is None else hidden
+        _check_size("ResidualStack", "width", width, 1)
+        _check_size("ResidualStack", "blocks", blocks, 0)
+        _check_size("ResidualStack", "hidden", hidden, 1)
+        if activation not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise ValueError(
+                f"ResidualStack: activation must be one of {known}, got {activation!r}"
+            )
+        self.width, self.blocks, self.hidden = width, blocks, hidden
+        self.activation = activation
+        self.w1 = nn.Parameter(torch.empty(blocks, hidden, width))  # [L, H, D]
+        self.b1 = nn.Parameter(torch.empty(blocks, hidden))  # [L, H]
+        self.w2 = nn.Parameter(torch.empty(blocks, width, hidden))  # [L, D, H]
+        self.b2 = nn.Parameter(torch.empty(blocks, width))  # [L, D]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's global generator; biases become 0."""
+        gain = _ACTIVATIONS[self.activation][1]
+        nn.init.normal_(self.w1, std=gain / math.sqrt(self.width))
+        nn.init.normal_(self.w2, std=1 / math.sqrt(self.hidden * max(self.blocks, 1)))
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all blocks: x [..., D] -> [..., D]."""
+        act = _ACTIVATIONS[self.activation][0]
+        # unbind once: w1[l] in the loop would write a full-sized gradient per block, O(L^2)
+        weights = (self.w1.unbind(0), self.b1.unbind(0), self.w2.unbind(0), self.b2.unbind(0))
+        for w1, b1, w2, b2 in zip(*weights, strict=True):
+            x = add(x, F.linear(act(F.linear(x, w1, b1)), w2, b2))
+        return x
+
+    def extra_repr(self) -> str:
+        """Describe the stack in print(model)."""
+        return (
+            f"width={self.width}, blocks={self.blocks}, hidden={self.hidden}, "
+            f"activation={self.activation!r}"
+        )
+
+
+class ResidualMLP(nn.Module):
+    """A residual MLP: input layer, L residual blocks, linear head.
+
+    The names in its state_dict are stable: input.weight, input.bias, stack.w1 [L, H, D],
+    stack.b1 [L, H], stack.w2 [L, D, H], stack.b2 [L, D], head.weight, head.bias. Its residual
+    sites are stack[0] ... stack[L-1].
+
+    Args:
+        in_features: Features of one sample, all dimensions after the first taken together.
+        classes: Outputs of the head.
+        width: Features D of the stream.
+        blocks: Number of residual blocks L, from 0 up.
+        hidden: Features H inside a branch; width if None.
+        activation: relu, gelu, silu, tanh, sigmoid or identity; used inside the branches only.
+
+    Raises:
+        ValueError: If a size is too small or the activation is not known.
+        TypeError: If a size is not an integer.
+
+    Example:
+        >>> model = ResidualMLP(in_features=64, classes=10, width=32, blocks=300)
+        >>> model(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int,
+        width: int,
+        blocks: int,
+        hidden: int | None = None,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": in_features, "classes": classes, "width": width}
+        for name, value in sizes.items():
+            _check_size("ResidualMLP", name, value, 1)
+        try:
+            stack = ResidualStack(width, blocks, hidden, activation)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("ResidualStack", "ResidualMLP", 1)) from None
+        self.in_features, self.classes = in_features, classes
+        self.input = nn.Linear(in_features, width)
+        self.stack = stack
+        self.head = nn.Linear(width, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's global generator; biases become 0."""
+        for layer in (self.input, self.head):  # both linear: gain 1
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+        self.stack.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify x [B, ...], flattened to [B, in_features]: logits [B, classes]."""
+        features = math.prod(x.shape[1:])
+        if x.dim() < 2 or features != self.in_features:
+            raise ValueError(
+                f"ResidualMLP: x must have {self.in_features} features per sample, "
+                f"got shape {list(x.shape)}"
+            )
+        stream = self.stack(self.input(x.flatten(1)))  # [B, D]
+        logits: Tensor = self.head(stream)
+        return logits
+
+
+def _check_size(where: str, name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{where}: {name} must be >= {least}, got {value}")
