@@ -1,0 +1,82 @@
+"""The CUDA sources compile for the GPUs, and their kernels are right when they run on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import build, residual_add
+
+SOURCES = sorted(build.ROOT.glob("csrc/*/cuda.cu"))
+SEEDS = [1, 2]  # besides 0, the order of the indices
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+needs_fibers = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+
+def sources(op: str) -> list[Path]:
+    return [build.ROOT / "csrc" / op / "cuda.cu", build.HERE / f"{op}.cpp"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
+def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    log = build.run(["nvcc", *flags, "-cubin", str(source), "-o", str(tmp_path / "kernels.cubin")])
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert frames
+    assert set(frames) == {("0", "0")}
+
+
+@needs_fibers
+@pytest.mark.parametrize("seed", SEEDS)
+def test_residual_add_is_right_in_every_order_of_its_threads(seed: int) -> None:
+    library = build.library(sources("residual_add"), build.toolkit())
+    in_order, shuffled = (residual_add.Runner(str(library), s) for s in (0, seed))
+    for case in residual_add.cases(seed):
+        written = zip(in_order.run(case), shuffled.run(case), strict=True)
+        assert all(a.tobytes() == b.tobytes() for a, b in written), f"{case} depends on the order"
+
+
+@needs_fibers
+def test_residual_add_stays_within_its_memory() -> None:
+    flags = [*build.SANITIZE, *build.OWN_TYPES]  # our own types: they are tried nowhere else
+    library = build.library(sources("residual_add"), flags)
+    command = [sys.executable, residual_add.__file__, str(library), "3"]
+    environment = build.sanitizer_environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_fibers
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("which", "found"),
+    [
+        (0, "misaligned: .*load16: address not a multiple of 16"),
+        (1, "divergent_barrier: .*deadlock\n *32 threads at __syncthreads.*\n *32 threads at"),
+        (2, "barrier_left_out: .*deadlock\n *32 threads at __syncthreads.*\n *32 threads exited"),
+        (3, "absent_lane: .*__shfl_xor_sync: reads a lane that takes no part"),
+        (4, "foreign_mask: .*__shfl_xor_sync: lane not in its own mask"),
+        (5, "missing_barrier: wrong sum"),
+        (6, "too_large: invalid launch configuration"),
+    ],
+)
+def test_the_fibers_find_the_fault(which: int, found: str, seed: int) -> None:
+    library = ctypes.CDLL(str(build.library([build.HERE / "faults.cpp"], build.toolkit())))
+    library.fault.restype = ctypes.c_char_p
+    error = library.fault(which, ctypes.c_uint64(seed))
+    assert error is not None
+    assert re.search(found, error.decode())
+
+
+@needs_fibers
+def test_an_atomic_sum_of_floats_does_not_compile() -> None:
+    with pytest.raises(RuntimeError, match=r"deleted function.*atomicAdd"):
+        build.library([build.HERE / "faults.cpp"], ["-DFLOAT_ATOMIC", *build.toolkit()])
