@@ -40,7 +40,11 @@ template <class Any> void launch(const Any& args, const Tensor&) { launch(args);
 
 constexpr const char* kName = "residual_add";
 
-int64_t cols_of(const Tensor& x) { return x.size(0) ? x.numel() / x.size(0) : 0; }
+int64_t cols_of(const Tensor& x) {
+  int64_t cols = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) cols *= x.size(d);
+  return cols;
+}
 
 void check_inputs(const Tensor& x, const Tensor& f) {
   STD_TORCH_CHECK(x.dim() >= 2, kName, ": x must have 2 or more dimensions, got ", x.dim());

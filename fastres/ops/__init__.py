@@ -1,4 +1,4 @@
-"""ops: the fused operators. Each file is one operator: docstring, reference, fake kernel, autograd."""
+"""ops: the fused operators; a file each, with docstring, reference, fake kernel and autograd."""
 
 from fastres.ops.residual_add import Stats, residual_add
 

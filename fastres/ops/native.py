@@ -1,4 +1,4 @@
-"""native: the compiled libraries that are loaded, why one is not, and the operators they registered."""
+"""native: the compiled libraries that are loaded, or why not, and the operators they brought."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _load_cuda() -> bool:
         missing["_C_cuda"] = "_C is not loaded" if C is None else "it was not built"
         return False
     try:
-        torch.ops.load_library(str(built[0]))
+        torch.ops.load_library(str(built[0]))  # type: ignore[no-untyped-call]
     except OSError as error:
         missing["_C_cuda"] = str(error)
         return False

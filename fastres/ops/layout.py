@@ -1,0 +1,62 @@
+"""layout: which memory layouts the kernels take without a copy, and the dtype of their sums."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and gates: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_dense_samples(t: Tensor) -> bool:
+    """Tell whether samples lie one after the other, each filling its own stretch of memory."""
+    if t.is_contiguous() or t.numel() == 0:
+        return True
+    expected = 1
+    for d in sorted(range(1, t.dim()), key=t.stride):
+        if t.size(d) != 1:
+            if t.stride(d) != expected:
+                return False
+            expected *= t.size(d)
+    return t.size(0) == 1 or t.stride(0) == expected
+
+
+def empty_like_first_dense(*tensors: Tensor) -> Tensor:
+    """Return an empty tensor in the layout of the first with dense samples, else contiguous."""
+    first = tensors[0]
+    for t in tensors:
+        if has_dense_samples(t):
+            return first.new_empty_strided(t.shape, t.stride())
+    return first.new_empty(first.shape)
+
+
+def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return t itself where it has these strides, else a copy that has them."""
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """View [B] or [] values so that they scale the samples of `like`, [B, ...]."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Unpack one bit per element to 0 and 1 in the shape and dtype of `like`, [B, ...].
+
+    Args:
+        bits: [B, ceil(N / 8)] uint8; bit c % 8 of byte c / 8 is element c of a sample, counted in
+            the memory order that `strides` give.
+        like: Gives shape [B, ...] with N features, and dtype.
+        strides: Of the tensor whose elements the bits are.
+    """
+    dims = range(like.dim())
+    order = [0, *sorted(dims[1:], key=lambda d: (-strides[d], d))]
+    shape = [like.size(d) for d in order]
+    each = (bits[:, :, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1
+    rows = each.flatten(1)[:, : math.prod(like.shape[1:])]
+    return rows.reshape(shape).permute(sorted(dims, key=order.__getitem__)).to(like.dtype)

@@ -1,0 +1,213 @@
+"""contract: what every fused operator promises. A test class names op, reference and samples, and inherits it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, hessian, jvp, vmap  # noqa: F401
+from torch.utils._pytree import tree_flatten, tree_map
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator: tensors by shape, and the other arguments."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device, dtype, requires_grad=False):
+        def move(t):
+            if not isinstance(t, torch.Tensor):
+                return t
+            moved = t.detach().to(device, dtype if t.is_floating_point() else t.dtype)
+            return moved.requires_grad_(requires_grad and t.is_floating_point())
+
+        return tree_map(move, self.args), self.kwargs
+
+
+def leaves(result):
+    return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+
+
+def differentiable(result):
+    return tuple(t for t in leaves(result) if t.requires_grad)
+
+
+def largest_error(values, exact):
+    """Largest elementwise distance from the float64 values, over 1 + their size."""
+    pairs = [(v.double(), e) for v, e in zip(values, exact, strict=True) if v.numel()]
+    return max((((v - e).abs() / (1 + e.abs())).max().item() for v, e in pairs), default=0.0)
+
+
+class OpContract:
+    """Subclass as TestName with `op`, `reference`, `samples()` and `raw_samples(device)`."""
+
+    op: Any
+    reference: Any
+
+    @staticmethod
+    def samples():
+        raise NotImplementedError
+
+    @staticmethod
+    def raw_samples(device):
+        """(overload, args) of the private operators, for opcheck."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_is_no_less_exact_than_twice_eager(self, device, dtype):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, dtype)
+            ours = leaves(type(self).op(*args, **kwargs))
+            eager = leaves(type(self).reference(*args, **kwargs))
+            wide = tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, args)
+            exact = leaves(type(self).reference(*wide, **kwargs))
+            unit = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+            bound = 2 * max(largest_error(eager, exact), unit)
+            assert largest_error(ours, exact) <= bound, sample.name
+            assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in eager]
+            assert not ours[0].numel() or ours[0].stride() == eager[0].stride(), sample.name
+
+    def test_gradients_are_right_twice(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float64, requires_grad=True)
+            if args[0].numel() > 200:
+                continue
+            inputs = tuple(a for a in args if isinstance(a, torch.Tensor))
+            count = len(differentiable(type(self).op(*args, **kwargs)))  # y first, then the sums
+
+            def call(*tensors, args=args, kwargs=kwargs, count=count):
+                fill = iter(tensors)
+                full = [next(fill) if isinstance(a, torch.Tensor) else a for a in args]
+                return tuple(leaves(type(self).op(*full, **kwargs))[:count])
+
+            assert gradcheck(call, inputs, check_batched_grad=True), sample.name
+            assert gradgradcheck(call, inputs), sample.name
+            assert gradcheck(call, inputs, check_forward_ad=True, check_backward_ad=False)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_gradients_are_no_less_exact_than_twice_eager(self, device, dtype):
+        for sample in self.samples():
+
+            def gradients(fn, dtype, sample=sample):
+                # the same numbers in every dtype, so that a ReLU decides alike
+                args, kwargs = sample.to(device, torch.bfloat16)
+                args = tree_map(
+                    lambda a: a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) else a,
+                    args,
+                )
+                outputs = differentiable(fn(*args, **kwargs))
+                torch.manual_seed(1)
+                cotangents = [torch.randn(o.shape).bfloat16().to(device, o.dtype) for o in outputs]
+                inputs = [a for a in args if isinstance(a, torch.Tensor)]
+                return torch.autograd.grad(outputs, inputs, cotangents)
+
+            exact = gradients(type(self).reference, torch.float64)
+            eager = largest_error(gradients(type(self).reference, dtype), exact)
+            bound = 2 * max(eager, torch.finfo(dtype).eps)
+            assert largest_error(gradients(type(self).op, dtype), exact) <= bound, sample.name
+
+    def test_raw_operators_pass_opcheck(self, device):
+        for overload, args in self.raw_samples(device):
+            torch.library.opcheck(overload, args)
+
+    def test_vmap_equals_a_loop(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float32)
+            if args[0].numel() > 5000:
+                continue
+            stacked = tree_map(
+                lambda a: torch.stack([a, a.flip(0), -a]) if isinstance(a, torch.Tensor) else a,
+                args,
+            )
+            dims = tuple(0 if isinstance(a, torch.Tensor) else None for a in args)
+
+            def call(*a, kwargs=kwargs):
+                return type(self).op(*a, **kwargs)
+
+            each = [
+                call(*(a[i] if isinstance(a, torch.Tensor) else a for a in stacked))
+                for i in range(3)
+            ]
+            for got, *one in zip(
+                leaves(vmap(call, dims)(*stacked)), *(leaves(e) for e in each), strict=True
+            ):
+                torch.testing.assert_close(got, torch.stack(one))
+
+    def test_per_sample_gradients_equal_a_loop(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float64)
+            if not 0 < args[0].numel() <= 5000:
+                continue
+
+            def loss(x, args=args, kwargs=kwargs):
+                return type(self).op(x, *args[1:], **kwargs)[0].square().sum()
+
+            stacked = torch.stack([args[0], 2 * args[0]])
+            got = vmap(torch.func.grad(loss))(stacked)
+            torch.testing.assert_close(
+                got, torch.stack([torch.func.grad(loss)(x) for x in stacked])
+            )
+
+    def test_hessian_equals_the_reference(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float64)
+            if not 0 < args[0].numel() <= 40:
+                continue
+
+            def loss(fn, x, args=args, kwargs=kwargs):
+                y, stats = fn(x, *args[1:], **kwargs)
+                return y.pow(3).sum() + sum(s.pow(2).sum() for s in leaves(stats))
+
+            torch.testing.assert_close(
+                hessian(lambda x: loss(type(self).op, x))(args[0]),
+                hessian(lambda x: loss(type(self).reference, x))(args[0]),
+            )
+
+    def test_compiles_to_one_graph(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float32, requires_grad=True)
+            torch._dynamo.reset()
+
+            def call(*a, kwargs=kwargs):
+                return type(self).op(*a, **kwargs)
+
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            ours, eager = compiled(*args), call(*args)
+            for got, expected in zip(leaves(ours), leaves(eager), strict=True):
+                torch.testing.assert_close(got, expected)
+            inputs = [a for a in args if isinstance(a, torch.Tensor)]
+            for got, expected in zip(
+                torch.autograd.grad([t.sum() for t in differentiable(ours)], inputs),
+                torch.autograd.grad([t.sum() for t in differentiable(eager)], inputs),
+                strict=True,
+            ):
+                torch.testing.assert_close(got, expected)
+
+    def test_exports_with_a_dynamic_batch(self, device):
+        class Model(torch.nn.Module):
+            def forward(self, x, f, op=type(self).op):
+                y, stats = op(x, f, relu=True)
+                return y, stats.branch_sq
+
+        x, f = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device)
+        batch = torch.export.Dim("batch", min=2)
+        program = torch.export.export(Model(), (x, f), dynamic_shapes=({0: batch}, {0: batch}))
+        for got, expected in zip(
+            program.module()(x[:3], f[:3]), Model()(x[:3], f[:3]), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+    def test_two_runs_agree_bit_for_bit(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float32)
+            runs = [leaves(type(self).op(*args, **kwargs)) for _ in range(3)]
+            for run in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True)), (
+                    sample.name
+                )

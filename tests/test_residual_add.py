@@ -1,0 +1,285 @@
+"""residual_add: the contract, and what the formula says."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from contract import DTYPES, OpContract, Sample
+
+import fastres
+from fastres.ops import native
+from fastres.ops.residual_add import reference, residual_add
+
+SIZES = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 2047, 2048, 2049, 32767, 32769, 70001)
+
+
+def pair(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
+
+
+def samples():
+    small, image, tall = pair(3, 5), pair(4, 6, 3, 2), pair(2, 5, 4)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in image]
+    swapped = [t.transpose(1, 2) for t in tall]
+    gate = torch.tensor([0.5, -1.5, 2.0])
+    yield Sample("plain", tuple(small))
+    yield Sample("number", (*small, 0.7))
+    yield Sample("per sample", (*small, gate))
+    yield Sample("one gate for all", (*small, torch.tensor(-0.3)))
+    yield Sample("relu", (*small, None, True))
+    yield Sample("relu and gate", (*small, gate, True))
+    yield Sample("stats", tuple(small), {"differentiable_stats": True})
+    yield Sample("all", (*small, gate, True), {"differentiable_stats": True})
+    yield Sample("image", (*image, None, True), {"differentiable_stats": True})
+    yield Sample("channels_last", (*last, None, True), {"differentiable_stats": True})
+    yield Sample("channels_last and gate", (*last, gate.repeat(2)[:4], True))
+    yield Sample("one channels_last", (image[0], last[1], None, True))
+    yield Sample("swapped dimensions", (*swapped, None, True))
+    yield Sample("strided samples", tuple(t[::2] for t in image))
+    yield Sample("slice of features", tuple(t[:, 1:4] for t in small))
+    yield Sample("one value for all", (small[0], small[1][:, :1].expand(3, 5), None, True))
+    yield Sample("empty batch", tuple(t[:0] for t in image))
+    yield Sample("no features", tuple(t[:, :0] for t in small))
+    yield Sample("one feature", tuple(t[:, :1] for t in small))
+    yield Sample("long rows", (*pair(2, 70001), gate[:2], True))
+    yield Sample("many rows", (*pair(300, 65), None, True))
+
+
+class TestResidualAdd(OpContract):
+    op = staticmethod(residual_add)
+    reference = staticmethod(reference)
+    samples = staticmethod(samples)
+
+    @staticmethod
+    def raw_samples(device):
+        ops = torch.ops.fastres
+        image = [t.to(device) for t in pair(2, 3, 4, 5)]
+        last = [t.contiguous(memory_format=torch.channels_last) for t in image]
+        gate = torch.rand(2, device=device)
+        for (x, f), g in itertools.product((image, last), (None, gate)):
+            for relu in (False, True):
+                yield ops._residual_add.default, (x, f, g, relu)
+            yield ops._residual_add_masked.default, (x, f, g)
+            mask = ops._residual_add_masked(x, f, g)[2]
+            for gs in (None, torch.rand(3, 2, device=device)):
+                args = (torch.randn_like(x), mask, g, x, f, gs, g is not None)
+                yield ops._residual_add_backward.default, args
+            yield ops._residual_add_.default, (x, f, torch.empty_like(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_within_1e_6_of_float64_at_every_size(device, dtype):
+    for n in SIZES:
+        x, f = pair(3, n, dtype=dtype, device=device, seed=n)
+        _, (skip_sq, branch_sq, dot) = residual_add(x, f)
+        x, f = x.double(), f.double()
+        scale = (x.square().sum(1) * f.square().sum(1)).sqrt()
+        torch.testing.assert_close(skip_sq.double(), x.square().sum(1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(branch_sq.double(), f.square().sum(1), rtol=1e-6, atol=0)
+        assert ((dot.double() - (x * f).sum(1)).abs() <= 1e-6 * scale).all()
+
+
+def test_without_a_gate_y_is_the_eager_sum_bit_for_bit(device):
+    for n, dtype in itertools.product(SIZES, DTYPES):
+        x, f = pair(2, n, dtype=dtype, device=device)
+        assert torch.equal(residual_add(x, f)[0], x + f)
+        assert torch.equal(residual_add(x, f, relu=True)[0], (x + f).relu())
+
+
+def test_float16_squares_do_not_overflow(device):
+    x = torch.full((1, 1000), 60000.0, dtype=torch.float16, device=device)
+    stats = residual_add(x, -x)[1]
+    torch.testing.assert_close(stats.skip_sq.item(), 1000 * 59999.0**2, rtol=1e-3, atol=0)
+    assert stats.sums.dtype == torch.float32
+
+
+def test_nan_and_infinity_propagate_as_in_eager(device):
+    x = torch.tensor([[1.0, math.nan, math.inf, -math.inf, -2.0]], device=device).expand(3, 5)
+    f = torch.ones(3, 5, device=device)
+    y, stats = residual_add(x, f, relu=True)
+    torch.testing.assert_close(y, (x + f).relu(), equal_nan=True)
+    assert stats.skip_sq.isnan().all()
+    assert stats.branch_sq.eq(5).all()
+
+
+def test_a_zero_gate_removes_the_branch_even_where_it_is_large(device):
+    x, f = pair(2, 64, device=device)
+    y, stats = residual_add(x, f * 1e30, 0.0)
+    assert torch.equal(y, x)
+    assert stats.branch_sq.eq(0).all()
+
+
+def test_dtypes_promote_as_in_add(device):
+    x, f = pair(2, 9, device=device)
+    for a, b in itertools.product(DTYPES, DTYPES):
+        y, stats = residual_add(x.to(a), f.to(b))
+        assert y.dtype == (x.to(a) + f.to(b)).dtype
+        assert torch.equal(y, x.to(a) + f.to(b))
+        assert stats.sums.dtype == (torch.float64 if y.dtype == torch.float64 else torch.float32)
+
+
+def test_gradients_keep_the_dtypes_of_mixed_inputs(device):
+    x, f = pair(2, 9, device=device)
+    x, f = x.requires_grad_(), f.bfloat16().requires_grad_()
+    residual_add(x, f, relu=True)[0].sum().backward()
+    assert (x.grad.dtype, f.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_plain_backward_passes_the_cotangent_itself(device):
+    x, f = (t.requires_grad_() for t in pair(4, 8, device=device))
+    y, _ = residual_add(x, f)
+    g = torch.randn_like(y)
+    gx, gf = torch.autograd.grad(y, (x, f), g)
+    assert gx.data_ptr() == g.data_ptr() == gf.data_ptr()
+
+
+def test_the_relu_keeps_one_bit_per_element(device):
+    x, f = (t.requires_grad_() for t in pair(4, 64, device=device))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        residual_add(x, f, relu=True)
+    assert sum(t.nbytes for t in saved) == 4 * 64 // 8
+
+
+def test_stats_carry_no_gradient_unless_asked(device):
+    x, f = (t.requires_grad_() for t in pair(4, 8, device=device))
+    assert not residual_add(x, f)[1].sums.requires_grad
+    assert residual_add(x, f, differentiable_stats=True)[1].sums.requires_grad
+
+
+def test_channels_last_is_kept_without_a_copy(device):
+    x, f = (t.to(device).contiguous(memory_format=torch.channels_last) for t in pair(2, 8, 16, 16))
+    y, _ = residual_add(x, f, relu=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        with torch.profiler.profile() as profile:
+            residual_add(x, f)
+        assert not {e.key for e in profile.key_averages()} & {"aten::copy_", "aten::contiguous"}
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    x, f = pair(3, 200_003)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, stats = residual_add(x, f, 0.3, relu=True)
+            runs.append((y, stats.sums))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_in_place_equals_out_of_place(device):
+    if not native.runs_on(device):
+        pytest.skip("no kernels")
+    into = torch.ops.fastres._residual_add_
+    for n in (5, 64, 40000):
+        x, f = pair(3, n, device=device)
+        y, stats = residual_add(x, f)
+        for target in (x.clone(), f.clone()):
+            first = target if torch.equal(target, x) else x
+            second = target if first is x else f
+            assert torch.equal(into(first, second, target), stats.sums)
+            assert torch.equal(target, y)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(2, 4)), ValueError, "f must have shape [2, 3], got [2, 4]"),
+        ((torch.ones(3), torch.ones(3)), ValueError, "x must have 2 or more dimensions, got 1"),
+        ((torch.ones(2, 3).int(), torch.ones(2, 3)), TypeError, "x must be float64, float32, "),
+        ((torch.ones(2, 3), torch.ones(2, 3).bool()), TypeError, "f must be float64, float32, "),
+        ((torch.ones(2, 3), [1.0]), TypeError, "f must be a tensor, got list"),
+        ((None, torch.ones(2, 3)), TypeError, "x must be a tensor, got NoneType"),
+        (
+            (torch.ones(2, 3), torch.ones(2, 3), torch.ones(3)),
+            ValueError,
+            "gate must have shape [] or [2], got [3]",
+        ),
+        ((torch.ones(2, 3), torch.ones(2, 3), torch.ones(2).long()), TypeError, "gate must be"),
+        ((torch.ones(2, 3), torch.ones(2, 3), "half"), TypeError, "gate must be a number or"),
+        ((torch.ones(2, 3), torch.ones(2, 3, device="meta")), TypeError, "f must be on cpu, got"),
+    ],
+)
+def test_bad_input_names_the_argument_the_rule_and_the_value(args, error, message):
+    with pytest.raises(error) as raised:
+        residual_add(*args)
+    assert str(raised.value).startswith(f"residual_add: {message}")
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    if "must be on" not in message:
+        with pytest.raises(error) as raised_on_meta:
+            residual_add(*on_meta)
+        assert str(raised_on_meta.value) == str(raised.value)
+
+
+def test_meta_tensors_give_shapes_and_layout():
+    x, f = (t.to("meta") for t in pair(2, 3, 4, 4))
+    y, stats = residual_add(x, f, relu=True)
+    assert (y.shape, y.device.type, stats.sums.shape) == ((2, 3, 4, 4), "meta", (3, 2))
+
+
+def test_stats_unpack_and_print():
+    stats = residual_add(torch.ones(2, 4), torch.ones(2, 4))[1]
+    skip_sq, branch_sq, dot = stats
+    assert skip_sq.tolist() == branch_sq.tolist() == dot.tolist() == [4.0, 4.0]
+    assert "skip_sq=tensor" in repr(stats)
+    assert isinstance(stats, fastres.Stats)
+
+
+needs_library = pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_numpy_arrays_go_through_the_same_kernel(dtype):
+    x, f = (t.numpy().astype(dtype) for t in pair(3, 1000))
+    gate = np.array([0.5, 2.0, -1.0], dtype="float64" if dtype == "float64" else "float32")
+    y, sums = native.C.residual_add(x, f, gate, relu=True)
+    expected, stats = residual_add(*map(torch.from_numpy, (x, f, gate)), relu=True)
+    assert np.array_equal(y, expected.numpy())
+    assert np.array_equal(sums, stats.sums.numpy())
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("x", "f", "error", "message"),
+    [
+        (np.ones((2, 3), "i4"), np.ones((2, 3), "i4"), TypeError, "x must be float64, float32"),
+        (np.ones((2, 3)), np.ones((2, 3), "f4"), TypeError, "f must have dtype float64"),
+        (np.ones((2, 3)), np.ones((2, 4)), ValueError, r"f must have shape \(2, 3\)"),
+        (np.ones(3), np.ones(3), ValueError, "x must have 2 or more dimensions, got 1"),
+        (np.ones((4, 3))[::2], np.ones((2, 3)), ValueError, "x must be C-contiguous"),
+        (np.ones((2, 3), ">f4"), np.ones((2, 3), ">f4"), TypeError, "x must be float64"),
+    ],
+)
+def test_numpy_arrays_of_the_wrong_kind_are_an_error(x, f, error, message):
+    with pytest.raises(error, match=message):
+        native.C.residual_add(x, f)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_gives_the_same_numbers(isa):
+    code = (
+        "import torch, fastres; torch.manual_seed(0); x, f = torch.randn(2, 3, 4099);"
+        "y, s = fastres.residual_add(x.half(), f.half(), 0.3, relu=True);"
+        "b, t = fastres.residual_add(x.bfloat16(), f.bfloat16(), relu=True);"
+        "print(y.double().sum().item(), b.double().sum().item(), *s.sums.flatten().tolist())"
+    )
+
+    def run(**more):
+        env = {**os.environ, **more}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [float(v) for v in done.stdout.split()]
+
+    torch.testing.assert_close(run(FASTRES_ISA=isa), run(), rtol=1e-6, atol=1e-3)
