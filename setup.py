@@ -25,8 +25,11 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
-KERNEL_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = [  # gcc 12 warns of optionals and of its own intrinsics without reason
+    *("-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"),
+    f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
+]
+KERNEL_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
 class Unavailable(Exception):

@@ -12,6 +12,9 @@ namespace {
 
 #if defined(FASTRES_CUDA)
 template <class Any> void launch(Any args, const Tensor& x) {
+  if (args.rows == 0) return;
+  Tensor scratch = uninitialized(x, {scratch_bytes(args)}, ScalarType::Byte);
+  args.scratch = scratch.mutable_data_ptr();
   on_stream_of(x, [&](void* stream) { launch_cuda(args, stream); });
 }
 #else
