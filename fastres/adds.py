@@ -85,6 +85,21 @@ def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return Add(func, args, kwargs, (a, b)) if a.is_floating_point() else None
 
 
+def check_sides(op: str, owner: str, func: Any, args: tuple[Any, ...]) -> None:
+    """Raise the error that names the module, if the two sides of an add cannot be added."""
+    if (func not in ADDS and func not in DECLARED) or len(args) < 2:
+        return
+    a, b = args[:2]
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return
+    pairs = list(zip(reversed(a.shape), reversed(b.shape), strict=False))
+    if any(m != n and (func in DECLARED or 1 not in (m, n)) for m, n in pairs):
+        raise ValueError(
+            f"{op}: the add in '{owner}' must have two sides that broadcast to one shape, "
+            f"got {[*a.shape]} and {[*b.shape]}"
+        )
+
+
 class Policy(Protocol):
     """What is done at the sites of a model."""
 

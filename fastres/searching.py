@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastres.adds import DECLARED, Event, Mode, Plan, Policy, Site, Window, read_add
+from fastres.adds import (
+    ADDS,
+    DECLARED,
+    Event,
+    Mode,
+    Plan,
+    Policy,
+    Site,
+    Window,
+    check_sides,
+    read_add,
+)
 from fastres.tracing import Found, Rule
 from fastres.versions import Graph, function_name, tensors_in
 
@@ -57,9 +69,10 @@ def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
 class Search:
     """Follows one pass with the graph of tensor versions, and puts the policy on what it finds."""
 
-    def __init__(self, model: nn.Module, policy: Policy, inputs: Any) -> None:
+    def __init__(self, op: str, model: nn.Module, policy: Policy, inputs: Any) -> None:
         self.plan = Plan([t.shape[1:] for t in tensors_in(inputs)])
-        self._policy = policy
+        self._op, self._policy = op, policy
+        self._thread = threading.get_ident()
         self._graph = Graph(model.parameters(), model.buffers())
         self._rule = Rule(self._graph)
         self._found: list[tuple[Found, int, str, torch.Size]] = []  # and version, name, shape
@@ -82,6 +95,8 @@ class Search:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Follow the model into a module."""
+        if threading.get_ident() != self._thread:
+            return
         self._calls[id(module)] += 1
         event = (id(module), self._calls[id(module)], False)
         self._close(event)
@@ -93,7 +108,9 @@ class Search:
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """Follow the model out of a module."""
-        if not self._frames or self._frames[-1].module is not module:
+        if threading.get_ident() != self._thread or not self._frames:
+            return
+        if self._frames[-1].module is not module:
             return
         event = (id(module), self._frames[-1].number, True)
         self._close(event)
@@ -118,9 +135,13 @@ class Search:
         if (call := read_add(func, args, kwargs)) is not None:
             test = self._rule.declared if func in DECLARED else self._rule.find
             found = test(*call.operands)
-        noted = self._graph.call(function_name(func), read)
+        starts = func in ADDS and any(type(each) is int and each == 0 for each in args)
+        function = "clone" if starts else function_name(func)  # sum([x, f]) begins with 0 + x
+        noted = self._graph.call(function, read)
         window = self._frames[-1].window
+        name = self._names[id(self._frames[-1].module)]
         if call is None or found is None:
+            check_sides(self._op, name, func, args)
             out = func(*args, **kwargs)
         else:
             index, skip = len(self._found), self._graph.version(call.operands[found.skip])
@@ -130,7 +151,6 @@ class Search:
         version = self._graph.result(noted, read, out)
         if call is not None and found is not None:
             self._rule.note(version, skip)
-            name = self._names[id(self._frames[-1].module)]
             self._found.append((found, version, name, call.operands[0].shape))
         return out
 

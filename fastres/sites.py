@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastres.adds import Add, Event, Mode, Plan, Policy, Site, Window, add, read_add
+from fastres.adds import Add, Event, Mode, Plan, Policy, Site, Window, add, check_sides, read_add
 from fastres.searching import Search, is_compiled
 from fastres.versions import tensors_in
 
@@ -83,7 +83,7 @@ class Watch:
         if self._depth > 1:
             return
         if self.plan is None:
-            self._search = Search(model, self._policy, (args, kwargs))
+            self._search = Search(self._op, model, self._policy, (args, kwargs))
             return
         shapes = [t.shape[1:] for t in tensors_in((args, kwargs))]
         self._fixed = bool(shapes) and shapes == self.plan.shapes
@@ -167,8 +167,12 @@ class Watch:
         self._mode.switch(self._window is not None)
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.plan is not None
+        assert self._window is not None
         call = read_add(func, args, kwargs)
-        if call is None or self._window is None or self.plan is None:
+        if call is None:
+            site = self.plan.sites[min(self._next, len(self.plan.sites) - 1)]
+            check_sides(self._op, site.name, func, args)
             return func(*args, **kwargs)
         entry = self._window.entries.get(self._candidate)
         self._candidate += 1
@@ -233,10 +237,11 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Site]:
         >>> trace(torch.nn.Sequential(Block(4, 4)), torch.ones(2, 4))
         [Site(name='0', kind='identity', shape=(2, 4), level=0)]
     """
+    watch = Watch("trace", model, _Plain())
     devices = {t.device for t in (*tensors_in((inputs, kwargs)), *model.parameters())}
     cuda = [d.index for d in devices if d.type == "cuda"]
     state = random.getstate()
-    with Watch("trace", model, _Plain()) as watch, torch.no_grad(), torch.random.fork_rng(cuda):
+    with watch, torch.no_grad(), torch.random.fork_rng(cuda):
         try:
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             torch.func.functional_call(model, buffers, inputs, kwargs)

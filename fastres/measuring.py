@@ -1,0 +1,133 @@
+"""measuring: a residual add as the model wrote it, and its three sums from the same pass."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+
+from fastres.adds import Add, add
+from fastres.ops import native, residual_add
+from fastres.ops.layout import accumulate, has_dense_samples
+
+_sum: Final = native.raw("_residual_add")
+_sum_into: Final = native.raw("_residual_add_")
+_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ADD: Final = torch.ops.aten.add.Tensor
+_ADD_INTO: Final = torch.ops.aten.add_.Tensor
+
+
+class Sums(NamedTuple):
+    """Per sample, [B] each: of skip * skip, branch * branch and skip * branch."""
+
+    skip_sq: Tensor
+    branch_sq: Tensor
+    dot: Tensor
+
+
+class _Fused(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Below autograd, does the one add of a site by the kernel that also returns its sums."""
+
+    sums: Tensor | None = None  # [3, B], of the two operands in order
+
+    def __enter__(self) -> Self:
+        # Not TorchDispatchMode's own: its flags are global, and two threads leave them wrong.
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _ADD and self.sums is None:
+            y, self.sums = _sum(args[0], args[1], None, False)
+            return y
+        if func is _ADD_INTO and self.sums is None:
+            self.sums = _sum_into(args[0], args[1], args[0])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Local(threading.local):
+    fused: _Fused | None = None  # the one at work: an outer record shares the sums of an inner one
+
+
+_local: Final = _Local()
+
+
+def measure(call: Add, skip: int) -> tuple[Any, Sums]:
+    """Run an add and return its result, bit for bit, with the sums of its two sides.
+
+    Autograd sees the add it always saw. Where the kernel cannot take the operands, the sums are
+    computed beside it in plain PyTorch.
+
+    Args:
+        call: The add, of two tensors [B, ...].
+        skip: Which operand is the skip, 0 or 1.
+    """
+    if call.func is residual_add:
+        out = call.call()
+        return out, Sums(*out[1].sums.detach().unbind(0))
+    if _local.fused is not None:
+        out, sums = call.call(), _local.fused.sums
+    elif not _fits(call):
+        sums = _reference(call)  # before the add, which may be in place
+        out = call.call()
+    elif call.func is not Tensor.add_ and _is_underived(call):
+        out, sums = _sum(*call.operands, None, False)
+    else:
+        _local.fused = fused = _Fused()  # type: ignore[no-untyped-call]
+        try:
+            with fused:
+                out = call.call()
+        finally:
+            _local.fused = None
+        sums = fused.sums
+    assert sums is not None
+    first, second, dot = sums.unbind(0)
+    return out, Sums(first, second, dot) if skip == 0 else Sums(second, first, dot)
+
+
+def _fits(call: Add) -> bool:
+    """Tell whether the kernel may take the operands, and the call is a plain or in-place sum."""
+    a, b = call.operands
+    plain = call.func is add or not call.kwargs
+    return (
+        _sum is not None
+        and plain
+        and type(a) is Tensor
+        and type(b) is Tensor
+        and a.dtype is b.dtype
+        and a.dtype in _DTYPES
+        and a.device == b.device
+        and native.runs_on(a.device)
+        and a.stride() == b.stride()
+        and has_dense_samples(a)
+    )
+
+
+def _is_underived(call: Add) -> bool:
+    """Tell whether no derivative is wanted and nobody else watches: the kernel may run alone."""
+    return (
+        not (torch.is_grad_enabled() and any(t.requires_grad for t in call.operands))
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _reference(call: Add) -> Tensor:
+    """Return [3, B] in plain PyTorch, never in half precision."""
+    dtype = accumulate(torch.promote_types(*(t.dtype for t in call.operands)))
+    a, b = (t.detach().to(dtype).flatten(1) for t in call.operands)
+    with torch.no_grad():
+        sums = [(s * t).sum(1) for s, t in ((a, a), (b, b), (a, b))]
+        if (alpha := call.kwargs.get("alpha", 1)) != 1:  # a + alpha * b
+            sums[1], sums[2] = sums[1] * alpha * alpha, sums[2] * alpha
+        return torch.stack(sums)
