@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cuda_on_cpu import build, residual_add
+from cuda_on_cpu.residual_add_reference import cases
 
 SOURCES = sorted(build.ROOT.glob("csrc/*/cuda.cu"))
 SEEDS = [1, 2]  # besides 0, the order of the indices
@@ -39,7 +40,7 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
 def test_residual_add_is_right_in_every_order_of_its_threads(seed: int) -> None:
     library = build.library(sources("residual_add"), build.toolkit())
     in_order, shuffled = (residual_add.Runner(str(library), s) for s in (0, seed))
-    for case in residual_add.cases(seed):
+    for case in cases(seed):
         written = zip(in_order.run(case), shuffled.run(case), strict=True)
         assert all(a.tobytes() == b.tobytes() for a, b in written), f"{case} depends on the order"
 
@@ -48,9 +49,15 @@ def test_residual_add_is_right_in_every_order_of_its_threads(seed: int) -> None:
 def test_residual_add_stays_within_its_memory() -> None:
     flags = [*build.SANITIZE, *build.OWN_TYPES]  # our own types: they are tried nowhere else
     library = build.library(sources("residual_add"), flags)
-    command = [sys.executable, residual_add.__file__, str(library), "3"]
-    environment = build.sanitizer_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", residual_add.__name__, str(library), "3"]
+    done = subprocess.run(
+        command,
+        cwd=build.HERE.parent,
+        env=build.sanitizer_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
