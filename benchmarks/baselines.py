@@ -25,26 +25,31 @@ def rows(t: Tensor) -> Tensor:
     return (t if t.is_contiguous() else t.permute(0, 2, 3, 1)).reshape(t.shape[0], -1)
 
 
+def norms(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ||x||, ||f||, <x, f>: norms by vector_norm, the product by multiply and sum."""
+    a, b, wide = rows(x), rows(f), torch.float32
+    of_x, of_f = vector_norm(a, dim=1, dtype=wide), vector_norm(b, dim=1, dtype=wide)
+    return of_x, of_f, (a * b).sum(1, dtype=wide)
+
+
 def by_norms(x: Tensor, f: Tensor) -> Sums:
-    """Norms by vector_norm (one pass each), the product by multiply and sum."""
-    a, b = rows(x), rows(f)
-    wide = torch.float32
-    norms = vector_norm(a, dim=1, dtype=wide), vector_norm(b, dim=1, dtype=wide)
-    return x + f, *norms, (a * b).sum(1, dtype=wide)
+    """Add, then `norms`."""
+    return x + f, *norms(x, f)
 
 
 def by_sums(x: Tensor, f: Tensor) -> Sums:
     """All three by multiply and sum."""
     a, b = rows(x), rows(f)
-    sums = ((p * q).sum(1, dtype=torch.float32) for p, q in ((a, a), (b, b), (a, b)))
-    return x + f, *sums
+    aa, bb, ab = ((p * q).sum(1, dtype=torch.float32) for p, q in ((a, a), (b, b), (a, b)))
+    return x + f, aa, bb, ab
 
 
 def by_bmm(x: Tensor, f: Tensor) -> Sums:
     """All three as batched inner products, which allocate nothing large."""
     a, b = rows(x), rows(f)
-    sums = (torch.bmm(p[:, None], q[:, :, None])[:, 0, 0] for p, q in ((a, a), (b, b), (a, b)))
-    return x + f, *sums
+    pairs = ((a, a), (b, b), (a, b))
+    aa, bb, ab = (torch.bmm(p[:, None], q[:, :, None])[:, 0, 0] for p, q in pairs)
+    return x + f, aa, bb, ab
 
 
 def in_float32(x: Tensor, f: Tensor) -> Sums:
@@ -53,7 +58,9 @@ def in_float32(x: Tensor, f: Tensor) -> Sums:
     return x + f, (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)
 
 
-def forward_variants(device: torch.device, dtype: torch.dtype, numel: int) -> dict[str, Variant]:
+def forward_variants(
+    device: torch.device, dtype: torch.dtype, numel: int, cached: bool
+) -> dict[str, Variant]:
     """Return the baselines of the forward pass; a pass over one tensor is `once` bytes."""
     once = numel * dtype.itemsize
     found = {
@@ -64,7 +71,7 @@ def forward_variants(device: torch.device, dtype: torch.dtype, numel: int) -> di
     }
     if device.type == "cuda":  # on a CPU it takes 3 to 5 times as long as the others
         found["eager bmm"] = Variant(lambda x, f: lambda: by_bmm(x, f), 7 * once)
-    for name, mode, capturable in compile_modes(device):
+    for name, mode, capturable in compile_modes(device, cached):
         found[name] = Variant(_compiled(mode), 3 * once, capturable=capturable)
     return found
 
@@ -73,15 +80,18 @@ def _in_place(x: Tensor, f: Tensor) -> Call:
     return lambda: f.add_(x)
 
 
-def compile_modes(device: torch.device) -> list[tuple[str, str, bool]]:
-    """Return the ways of torch.compile as (variant, mode, whether a CUDA graph can hold it)."""
+def compile_modes(device: torch.device, cached: bool) -> list[tuple[str, str, bool]]:
+    """Return the ways of torch.compile as (variant, mode, whether a CUDA graph can hold it).
+
+    reduce-overhead copies its inputs in every call, so it is for small ones.
+    """
     if device.type == "cpu":
         return [("compile", "default", False)]
-    return [
+    found = [
         ("compile", "default", True),
         ("compile max-autotune", "max-autotune-no-cudagraphs", True),
-        ("compile reduce-overhead", "reduce-overhead", False),
     ]
+    return found + [("compile reduce-overhead", "reduce-overhead", False)] * cached
 
 
 def _compiled(mode: str) -> Callable[..., Call]:
@@ -96,10 +106,9 @@ def backward_variants(device: torch.device, dtype: torch.dtype, numel: int) -> d
     """Return the baselines of the backward pass of relu(x + f), from y or a mask of bytes."""
     once = numel * dtype.itemsize
     found = {"eager relu": Variant(lambda x, f, g: pull(torch.relu(x + f), x, f, g), 3 * once)}
-    for name, mode, capturable in compile_modes(device):
-        if mode != "reduce-overhead":
-            build = _compiled_backward(mode)
-            found[name] = Variant(build, 2 * once + numel, capturable=capturable)
+    for name, mode, capturable in compile_modes(device, cached=False):
+        build = _compiled_backward(mode)
+        found[name] = Variant(build, 2 * once + numel, capturable=capturable)
     return found
 
 

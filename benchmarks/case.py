@@ -45,6 +45,7 @@ class Case:
         cached: Whether the buffers are to stay in cache.
         headline: Whether the short tables show it.
         slow: Whether a call takes so long that few rounds must do.
+        graphed: Whether a GPU also times it by graph replay.
         goals: Variant prefix -> least ratio to fastres, "limit" -> least fraction of the limit,
             "seconds" -> most seconds.
     """
@@ -60,6 +61,7 @@ class Case:
     cached: bool = True
     headline: bool = False
     slow: bool = False
+    graphed: bool = True
     goals: dict[str, float] = field(default_factory=dict)
 
     @property

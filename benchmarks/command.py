@@ -51,60 +51,75 @@ def run(modules: Iterable[ModuleType], argv: list[str] | None = None) -> int:
     for module in modules:
         if arguments.names and module.NAME not in arguments.names:
             continue
-        report = measure(module, arguments, deadline)
-        if not report["rows"]:
-            print(f"{module.NAME}: no case was measured")
-        report["protocol"]["memory"] = kept
+        report = measure(module, arguments, deadline, kept)
         for entry in report["not_measured"]:
             print(f"not measured: {entry['variant']}: {entry['reason']} ({len(entry['cases'])})")
             status |= entry["variant"] == OURS
-        if arguments.smoke or arguments.filter or arguments.variants:
-            print("nothing written: --smoke, --filter or --variants was given")
-        else:
-            print(f"written: {results.save(report, arguments.out).name}")
+        print("written" if _writes(arguments) else "nothing written: a smoke run, or a part of one")
     return int(status)
 
 
-def measure(module: ModuleType, arguments: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Run one benchmark and return its report, as `results` documents it."""
+def _writes(arguments: argparse.Namespace) -> bool:
+    """Tell whether results are kept: those of whole runs are."""
+    return not (arguments.smoke or arguments.filter or arguments.variants)
+
+
+def measure(
+    module: ModuleType, arguments: argparse.Namespace, deadline: float, memory: str
+) -> dict[str, Any]:
+    """Run one benchmark and return its report, as `results` documents it; saved case by case."""
     device = torch.device(arguments.device)
     protocol = SMOKE if arguments.smoke else CUDA if device.type == "cuda" else CPU
     threads = arguments.threads or ([1] if device.type == "cuda" or arguments.smoke else [1, 2])
     report = results.empty(module.NAME, machine.environment(device, arguments.commit), protocol)
+    report["protocol"]["memory"] = memory
     for count in threads:
         torch.set_num_threads(count)
         peaks = limits.peaks(device, arguments.smoke)
         report["limits"].append({"threads": count, "gemm_flops": peaks})
         on = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
         with on:  # backward passes are captured on the stream of their forward pass: see GraphClock
-            for case, clock in _progress(selected(module, device, arguments), f"{count} threads"):
+            for case in _progress(selected(module, device, arguments), f"{count} threads"):
                 if time.monotonic() > deadline:
-                    results.miss(report, case, clock.name, OURS, "the time given was over")
+                    results.miss(report, case, "any clock", OURS, "the time given was over")
                     continue
-                rows = one(case, clock, device, count, protocol, peaks, report, arguments.variants)
-                report["rows"] += rows
-                results.show(case, clock.name, count, rows)
+                one(case, device, count, protocol, peaks, report, arguments.variants)
+                if _writes(arguments):
+                    results.save(report, arguments.out)
     return report
 
 
 def one(
-    case: Case, clock: Clock, device: torch.device, threads: int, protocol: Protocol,
+    case: Case, device: torch.device, threads: int, protocol: Protocol,
     peaks: dict[str, float], report: dict[str, Any], only: str,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure a case by a clock, note in the report what is missing, and return its rows."""
-    gc.collect()
-    variants = {**case.variants, **limits.copies(case, device, threads)}
+) -> None:  # fmt: skip
+    """Measure a case by each clock of the device, and note in the report what came of it."""
     only = only or (NOT_COMPILED if protocol is SMOKE else "")
+    variants = {**case.variants, **limits.copies(case, device, threads)}
     variants = {k: v for k, v in variants.items() if re.search(only, k) or k == OURS or v.limit}
     if any(name.startswith("compile") for name in variants):
         torch._dynamo.reset()  # else the ninth shape of a function is no longer compiled
     if case.slow:
-        protocol = replace(protocol, rounds=(min(5, protocol.rounds[0]), 41), budget=30.0)
-    rows, missing = run_case(case, variants, sets(case, device), clock, protocol, peaks["float32"])
-    for variant, reason in missing.items():
-        results.miss(report, case, clock.name, variant, reason)
-    results.judge(report, case, clock.name, threads, rows)
-    return [{"threads": threads, **row} for row in rows]
+        least, budget = min(5, protocol.rounds[0]), min(60.0, 15 * protocol.budget)
+        protocol = replace(protocol, rounds=(least, 41), budget=budget)
+    peak = peaks.get(str(case.dtype).removeprefix("torch."), peaks["float32"])
+    for clock in clocks(case, device):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows, missing = run_case(case, variants, sets(case, device), clock, protocol, peak)
+        for variant, reason in missing.items():
+            results.miss(report, case, clock.name, variant, reason)
+        results.judge(report, case, clock.name, threads, rows)
+        results.show(case, clock.name, threads, rows)
+        report["rows"] += [{"threads": threads, **row} for row in rows]
+
+
+def clocks(case: Case, device: torch.device) -> list[Clock]:
+    """Return the clocks that time a case on a device."""
+    if device.type == "cpu":
+        return [WallClock()]
+    return [EventClock(), GraphClock()] if case.graphed else [EventClock()]
 
 
 def sets(case: Case, device: torch.device) -> int:
@@ -114,23 +129,16 @@ def sets(case: Case, device: torch.device) -> int:
     return max(2, math.ceil(4 * machine.cache(device) / case.bytes))
 
 
-def selected(
-    module: ModuleType, device: torch.device, arguments: argparse.Namespace
-) -> list[tuple[Case, Clock]]:
-    """Return the cases that the command line selects, each with the clocks of the device."""
-    clocks: list[Clock] = [EventClock(), GraphClock()] if device.type == "cuda" else [WallClock()]
+def selected(module: ModuleType, device: torch.device, arguments: argparse.Namespace) -> list[Case]:
+    """Return the cases that the command line selects."""
     cases: Iterator[Case] = module.cases(device, arguments.smoke)
-    return [
-        (case, clock)
-        for case in cases
-        if re.search(arguments.filter, f"{module.NAME} {case.title}")
-        for clock in clocks
-    ]
+    return [c for c in cases if re.search(arguments.filter, f"{module.NAME} {c.title}")]
 
 
-def _progress(pairs: list[tuple[Case, Clock]], what: str) -> Iterable[tuple[Case, Clock]]:
+def _progress(cases: list[Case], what: str) -> Iterable[Case]:
     try:
         from tqdm import tqdm
     except ImportError:
-        return pairs
-    return tqdm(pairs, desc=what, unit="case", disable=None)
+        return cases
+    bar: Iterable[Case] = tqdm(cases, desc=what, unit="case", disable=None)
+    return bar

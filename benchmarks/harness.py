@@ -49,7 +49,7 @@ def calibrate(timed: Timed, clock: Clock, protocol: Protocol) -> None:
     """Warm a variant up, and choose how many calls make a sample long enough."""
     with timed.variant.around():
         spent = 0.0
-        for _ in range(3):  # the first calls compile, allocate and fault pages in
+        for _ in range(2):  # the first calls compile, allocate and fault pages in
             spent += clock.elapsed(timed.loop.call, 1)
         while True:
             seconds = clock.elapsed(timed.loop.call, timed.inner)

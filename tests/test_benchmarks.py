@@ -1,6 +1,9 @@
 """benchmarks: interleaving and statistics by a fake clock, result files, tables, a smoke run."""
 
 import json
+import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -132,7 +135,7 @@ def smoke():
     """The report of a smoke run of residual_add."""
     before = torch.get_num_threads()
     asked = {"device": "cpu", "threads": [1], "filter": "", "variants": "", "commit": "0123456789"}
-    report = measure(residual_add, Namespace(**asked, smoke=True), float("inf"))
+    report = measure(residual_add, Namespace(**asked, smoke=True), float("inf"), "")
     torch.set_num_threads(before)
     return report
 
@@ -190,6 +193,15 @@ def test_tables_are_written_between_their_markers(smoke):
 def test_a_benchmark_without_results_says_so():
     text = "<!-- table: unheard_of all -->\n<!-- end -->"
     assert "Not yet measured on a CPU.\n\nNot yet measured on a GPU.\n" in tables.render(text, [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_gpu_command_says_what_is_missing(tmp_path):
+    command = [sys.executable, str(machine.ROOT / "tools/gpu.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.match("gpu: (nvcc|an NVIDIA GPU) must be ", done.stderr)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_operator_has_its_benchmark():
