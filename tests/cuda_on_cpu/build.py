@@ -65,8 +65,14 @@ def library(sources: list[Path], flags: list[str]) -> Path:
     return made
 
 
+@functools.cache
+def sanitizer() -> str | None:
+    """Return the address sanitizer's run-time library, or None where the compiler has none."""
+    path = run([COMPILER, "-print-file-name=libasan.so"]).strip()
+    return path if Path(path).is_absolute() else None
+
+
 def sanitizer_environment() -> dict[str, str]:
     """Return the environment in which Python can load a library built with SANITIZE."""
-    runtime = run([COMPILER, "-print-file-name=libasan.so"]).strip()
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, "LD_PRELOAD": runtime, **options}
+    return {**os.environ, "LD_PRELOAD": str(sanitizer()), **options}
