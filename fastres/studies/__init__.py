@@ -1,0 +1,1 @@
+"""studies: whole experiments, each from its data to its table."""

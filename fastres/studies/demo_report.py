@@ -1,0 +1,119 @@
+"""demo_report: the rows of the demo as table, files and plots, and back from the files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastres import report
+from fastres.analysis.depth import PowerLaw, power_law
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at one depth L."""
+
+    blocks: int
+    error: float  # fraction of the test set
+    absolute: float  # mean over test samples and blocks
+    scaled: float
+    record_cost: float  # time of a recorded training step over that of a plain one
+    seconds: float  # of training
+    profile_absolute: list[float]  # [L], mean over test samples
+    profile_scaled: list[float]  # [L]
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Row:
+        """Rebuild a row from JSON; KeyError, TypeError or ValueError where it is not one."""
+        row = cls(
+            blocks=int(entry["blocks"]),
+            error=float(entry["error"]),
+            absolute=float(entry["absolute"]),
+            scaled=float(entry["scaled"]),
+            record_cost=float(entry["record_cost"]),
+            seconds=float(entry["seconds"]),
+            profile_absolute=[float(v) for v in entry["profile_absolute"]],
+            profile_scaled=[float(v) for v in entry["profile_scaled"]],
+        )
+        if not len(row.profile_absolute) == len(row.profile_scaled) == row.blocks:
+            raise ValueError("a profile must have one value per block")
+        return row
+
+
+def finished(path: Path, arguments: Mapping[str, Any]) -> dict[int, Row]:
+    """Read back the rows of an earlier run with the same arguments.
+
+    Args:
+        path: Its report.json.
+        arguments: All that decides the result.
+
+    Returns:
+        The rows by depth; empty where there is no such run.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content["arguments"] != arguments:
+            return {}
+        return {row.blocks: row for row in map(Row.parse, content["rows"])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: not JSON
+        return {}
+
+
+def laws_of(rows: Sequence[Row]) -> dict[str, PowerLaw]:
+    """Fit both perturbations against the number of blocks; empty below two depths."""
+    if len(rows) < 2:
+        return {}
+    blocks = [row.blocks for row in rows]
+    return {
+        "absolute": power_law(blocks, [row.absolute for row in rows]),
+        "scaled": power_law(blocks, [row.scaled for row in rows]),
+    }
+
+
+def save(
+    out: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any], rows: Sequence[Row]
+) -> None:
+    """Write report.json, from which a run can go on, and table.csv."""
+    laws = {
+        kind: {k: None if math.isnan(v) else v for k, v in law._asdict().items()}
+        for kind, law in laws_of(rows).items()
+    }
+    content = {"arguments": arguments, "environment": environment, "power_laws": laws}
+    entries = [asdict(row) for row in rows]
+    report.write_json(out / "report.json", {**content, "rows": entries})
+    columns = [f.name for f in fields(Row) if not f.name.startswith("profile")]
+    report.write_csv(out / "table.csv", columns, [[e[c] for c in columns] for e in entries])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lay out the rows for a terminal."""
+    columns = ("blocks", "test error", "absolute", "scaled", "recording", "training")
+    lines = [
+        (
+            str(row.blocks),
+            f"{row.error:.1%}",
+            f"{row.absolute:.3f}",
+            f"{row.scaled:.4f}",
+            f"{row.record_cost:.3f}x",
+            f"{row.seconds:.1f} s",
+        )
+        for row in rows
+    ]
+    return report.table(columns, lines)
+
+
+def draw(out: Path, rows: Sequence[Row]) -> None:
+    """Draw perturbation.png and, from two depths on, power_law.png.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    profiles = {row.blocks: (row.profile_scaled, row.profile_absolute) for row in rows}
+    report.plot_profiles(out / "perturbation.png", profiles)
+    if laws := laws_of(rows):
+        blocks, scaled = [row.blocks for row in rows], [row.scaled for row in rows]
+        report.plot_power_law(out / "power_law.png", blocks, scaled, laws["scaled"])
