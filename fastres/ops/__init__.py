@@ -1,5 +1,6 @@
 """ops: the fused operators; a file each, with docstring, reference, fake kernel and autograd."""
 
-from fastres.ops.residual_add import Stats, residual_add
+from fastres.ops.residual_add import residual_add
+from fastres.ops.stats import Stats
 
 __all__ = ["Stats", "residual_add"]
