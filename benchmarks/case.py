@@ -48,6 +48,7 @@ class Case:
         graphed: Whether a GPU also times it by graph replay.
         goals: Variant prefix -> least ratio to fastres, "limit" -> least fraction of the limit,
             "seconds" -> most seconds.
+        judged: The clock by which the goals are judged; by default every one.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     slow: bool = False
     graphed: bool = True
     goals: dict[str, float] = field(default_factory=dict)
+    judged: str = ""
 
     @property
     def title(self) -> str:

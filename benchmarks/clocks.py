@@ -75,7 +75,7 @@ class EventClock:
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return float(start.elapsed_time(end)) * 1e-3
 
 
 class GraphClock(EventClock):

@@ -52,6 +52,7 @@ def run(modules: Iterable[ModuleType], argv: list[str] | None = None) -> int:
         if arguments.names and module.NAME not in arguments.names:
             continue
         report = measure(module, arguments, deadline, kept)
+        results.verdict(report)
         for entry in report["not_measured"]:
             print(f"not measured: {entry['variant']}: {entry['reason']} ({len(entry['cases'])})")
             status |= entry["variant"] == OURS

@@ -80,9 +80,6 @@ def gemm(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) 
 
 def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
     """Measure the GEMM peak in float32, and in bfloat16 on a GPU, in operations per second."""
-    if device.type == "cuda":
-        size = 512 if smoke else 8192
-        kinds = (torch.float32, torch.bfloat16)
-    else:
-        size, kinds = (64 if smoke else 2048), (torch.float32,)
+    kinds = [torch.float32] + [torch.bfloat16] * (device.type == "cuda")
+    size = 64 if smoke else 8192 if device.type == "cuda" else 2048
     return {str(kind).removeprefix("torch."): gemm(device, kind, size) for kind in kinds}

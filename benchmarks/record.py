@@ -37,7 +37,8 @@ def resnet50(device: torch.device, dtype: torch.dtype, train: bool) -> nn.Module
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet50()
     form = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    return model.to(device, dtype, memory_format=form).train(train)
+    model.to(device, dtype).train(train)
+    return model.to(memory_format=form)  # type: ignore[call-overload,no-any-return]
 
 
 def _torchvision() -> Any:
@@ -73,7 +74,7 @@ def hook(model: nn.Module) -> list[tuple[Tensor, ...]]:
             sums.clear()
         sums.append(baselines.norms(skip, branch))
 
-    blocks = [module for module in model.modules() if hasattr(module, "bn3")]
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "bn3")]
     for block in blocks:
         block.register_forward_pre_hook(lambda _, args: held.update(x=args[0]))
         if block.downsample is None:
@@ -152,7 +153,8 @@ def flops(
 ) -> float:
     """Count the floating-point operations of a call's convolutions and products; 0 if none runs."""
     try:
-        call = step(resnet50(device, dtype, train), *[*inputs(), None][:2])
+        x, *target = inputs()
+        call = step(resnet50(device, dtype, train), x, target[0] if target else None)
     except UnavailableError:
         return 0.0
     with FlopCounterMode(display=False) as counter:

@@ -37,7 +37,7 @@ def empty(name: str, environment: dict[str, Any], protocol: Protocol) -> dict[st
 
 def save(report: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Write a report to folder/<device>/<name>.json, whole or not at all."""
-    path = folder / report["device"]["slug"] / f"{report['name']}.json"
+    path: Path = folder / report["device"]["slug"] / f"{report['name']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join("  " + json.dumps(row) for row in report["rows"])
     head = json.dumps({**report, "rows": []}, indent=1)
@@ -69,6 +69,8 @@ def judge(
     report: dict[str, Any], case: Case, clock: str, threads: int, rows: list[dict[str, Any]]
 ) -> None:
     """Compare the case's goals with its rows, and add the outcome to the report."""
+    if case.judged not in ("", clock):
+        return
     by = {row["variant"]: row for row in rows}
     for what, goal in case.goals.items():
         if what in ("limit", "seconds"):
@@ -82,6 +84,17 @@ def judge(
                 "case": case.title, "clock": clock, "threads": threads,
                 "against": what, "goal": goal, "measured": value, "met": met,
             })  # fmt: skip
+
+
+def verdict(report: dict[str, Any]) -> None:
+    """Print each goal beside what was measured."""
+    for goal in report["goals"]:
+        seconds = goal["against"] == "seconds"
+        wanted = f"at {'most' if seconds else 'least'} {goal['goal']:.3g}"
+        print(
+            f"goal {'met   ' if goal['met'] else 'MISSED'} {goal['against']:10} {wanted}, measured "
+            f"{goal['measured']:.3g}: {goal['case']} ({goal['clock']}, {goal['threads']} threads)"
+        )
 
 
 def show(case: Case, clock: str, threads: int, rows: list[dict[str, Any]]) -> None:

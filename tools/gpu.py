@@ -45,7 +45,7 @@ class Part:
 
     def left(self) -> float:
         """Return the seconds left."""
-        return max(1.0, self.began + 60 * self.given.minutes - time.monotonic())
+        return max(1.0, self.began + 60.0 * float(self.given.minutes) - time.monotonic())
 
     def run(
         self, what: str, *command: str, expect: int = 0, seconds: float = 1e9, **env: str
