@@ -80,7 +80,7 @@ def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     a, b = (*args, *(kwargs[k] for k in ("input", "x", "other", "f") if k in kwargs))[:2]
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dim() < 2 or a.shape != b.shape:
         return None
-    if isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter):
+    if any(type(t) is not Tensor and isinstance(t, nn.Parameter) for t in (a, b)):
         return None
     return Add(func, args, kwargs, (a, b)) if a.is_floating_point() else None
 

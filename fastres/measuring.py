@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -21,14 +21,6 @@ _ADD: Final = torch.ops.aten.add.Tensor
 _ADD_INTO: Final = torch.ops.aten.add_.Tensor
 
 
-class Sums(NamedTuple):
-    """Per sample, [B] each: of skip * skip, branch * branch and skip * branch."""
-
-    skip_sq: Tensor
-    branch_sq: Tensor
-    dot: Tensor
-
-
 class _Fused(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Below autograd, does the one add of a site by the kernel that also returns its sums."""
 
@@ -41,6 +33,10 @@ class _Fused(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
         _pop_mode()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here; the guard costs 10 us an add
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -61,19 +57,20 @@ class _Local(threading.local):
 _local: Final = _Local()
 
 
-def measure(call: Add, skip: int) -> tuple[Any, Sums]:
+def measure(call: Add) -> tuple[Any, Tensor]:
     """Run an add and return its result, bit for bit, with the sums of its two sides.
+
+    The sums are [3, B]: of a * a, b * b and a * b per sample, with a and b the operands in order.
 
     Autograd sees the add it always saw. Where the kernel cannot take the operands, the sums are
     computed beside it in plain PyTorch.
 
     Args:
         call: The add, of two tensors [B, ...].
-        skip: Which operand is the skip, 0 or 1.
     """
     if call.func is residual_add:
         out = call.call()
-        return out, Sums(*out[1].sums.detach().unbind(0))
+        return out, out[1].sums.detach()
     if _local.fused is not None:
         out, sums = call.call(), _local.fused.sums
     elif not _fits(call):
@@ -90,8 +87,7 @@ def measure(call: Add, skip: int) -> tuple[Any, Sums]:
             _local.fused = None
         sums = fused.sums
     assert sums is not None
-    first, second, dot = sums.unbind(0)
-    return out, Sums(first, second, dot) if skip == 0 else Sums(second, first, dot)
+    return out, sums
 
 
 def _fits(call: Add) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.adds import Add, Site
-from fastres.measuring import Sums, measure
+from fastres.measuring import measure
 from fastres.tracing import Kind
 
 if TYPE_CHECKING:
@@ -44,12 +44,13 @@ class Tape:
         self.per_sample = per_sample
         self._model = model
         self._sites: list[Site] = []
-        self._now: dict[int, Sums] = {}  # site -> sums of the pass under way
+        self._now: dict[int, tuple[Tensor, int]] = {}  # site -> sums [3, B] of this pass, skip
         self._totals: dict[Group, _Total] = {}
 
     def at(self, site: int, call: Add, skip: int) -> Any:
         """Run the add of a site and keep its sums (called by Watch)."""
-        out, self._now[site] = measure(call, skip)
+        out, sums = measure(call)
+        self._now[site] = sums, skip
         return out
 
     def failed(self) -> None:
@@ -64,12 +65,14 @@ class Tape:
                 f"record: model must contain a residual add, found none in {self._model}"
             )
         self._sites, now, self._now = sites, self._now, {}
-        groups: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+        groups: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
         for index in sorted(now):
-            dot = now[index].dot
-            groups.setdefault((dot.device, dot.dtype, dot.size(0)), []).append(index)
-        for (device, dtype, batch), members in groups.items():
-            raw = torch.stack([torch.stack([now[i][k] for i in members]) for k in range(3)])
+            sums, skip = now[index]
+            groups.setdefault((sums.device, sums.dtype, sums.size(1), skip), []).append(index)
+        for (device, dtype, batch, skip), members in groups.items():
+            raw = torch.stack([now[i][0] for i in members], dim=1)  # [3, sites, B]
+            if skip == 1:
+                raw = torch.stack([raw[1], raw[0], raw[2]])
             total = self._totals.setdefault((device, dtype, tuple(members)), _Total())
             wide = raw if device.type == "mps" else raw.double()  # mps has no float64
             norm, length = wide[0].sqrt(), wide[1].sqrt()
