@@ -72,8 +72,13 @@ def residual_add(
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device).expand(x.size(0))
     gate_grad = gate is not None and gate.requires_grad
-    function = CompiledResidualAdd if torch.compiler.is_compiling() else EagerResidualAdd
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = function.apply
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    if torch.compiler.is_compiling():
+        apply = CompiledResidualAdd.apply
+    elif torch._C._are_functorch_transforms_active():
+        apply = EagerResidualAdd.apply
+    else:  # Function.apply inspects the signature of forward, 30 us a call, for functorch's sake
+        apply = super(torch.autograd.Function, EagerResidualAdd).apply
     y, sums, _ = apply(x, f, gate, relu, differentiable_stats, gate_grad)
     return y, Stats(sums)
 
