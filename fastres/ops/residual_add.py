@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ def residual_add(
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device).expand(x.size(0))
     gate_grad = gate is not None and gate.requires_grad
-    apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    apply: Any
     if torch.compiler.is_compiling():
         apply = CompiledResidualAdd.apply
     elif torch._C._are_functorch_transforms_active():
