@@ -1,7 +1,8 @@
 """harness: times variants of one piece of work in one interleaved run, against a measured limit.
 
 Every round times every variant once (A B C A B C ...), so that a slow spell of the machine hits all
-of them; the ratio to fastres is the median over rounds of the ratio within a round. A sample lasts
+of them; the ratio to fastres is the median over rounds of the ratio within a round. Before every
+sample the variant is called once, untimed, so that none inherits another's caches. A sample lasts
 at least a millisecond: fast calls are repeated within it. Cases out of cache rotate over as many
 sets of buffers as fill the last-level cache four times; cases in cache reuse one set. The limit is
 a copy of the same number of bytes, timed in the same rounds as two more variants.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,6 @@ class Timed:
 
     loop: Loop
     variant: Variant
-    warm: bool = True  # whether to call it once, untimed, before every sample
     inner: int = 1
     samples: list[float] = field(default_factory=list)
 
@@ -70,8 +69,7 @@ def interleave(timed: Iterable[Timed], clock: Clock, protocol: Protocol) -> None
             return
         for each in timed:
             with each.variant.around():
-                if each.warm:
-                    each.loop.call()
+                each.loop.call()  # what the caches hold, and must write back, is its own
                 seconds = clock.elapsed(each.loop.call, each.inner)
             each.samples.append(seconds / each.inner / each.loop.per)
 
@@ -104,8 +102,7 @@ def prepare(
             with variant.around():
                 calls = [variant.build(*each) for each in inputs]
                 loop = clock.prepare(calls, rotation(calls), variant.capturable)
-            warm = case.cached or variant.around is not nullcontext
-            ready[name] = Timed(loop, variant, warm)
+            ready[name] = Timed(loop, variant)
         except UnavailableError as reason:
             missing[name] = str(reason)
         except Exception as error:  # a variant that fails must not end the run: it is reported
