@@ -78,7 +78,9 @@ def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if func not in ADDS and func not in DECLARED:
         return None
     a, b = (*args, *(kwargs[k] for k in ("input", "x", "other", "f") if k in kwargs))[:2]
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dim() < 2 or a.shape != b.shape:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_nested or b.is_nested:
+        return None
+    if a.dim() < 2 or a.shape != b.shape:
         return None
     if any(type(t) is not Tensor and isinstance(t, nn.Parameter) for t in (a, b)):
         return None
@@ -90,7 +92,7 @@ def check_sides(op: str, owner: str, func: Any, args: tuple[Any, ...]) -> None:
     if (func not in ADDS and func not in DECLARED) or len(args) < 2:
         return
     a, b = args[:2]
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_nested or b.is_nested:
         return
     pairs = list(zip(reversed(a.shape), reversed(b.shape), strict=False))
     if any(m != n and (func in DECLARED or 1 not in (m, n)) for m, n in pairs):

@@ -24,8 +24,10 @@ def record(model: nn.Module, per_sample: bool = False) -> Iterator[Tape]:
     the tape is read.
 
     Only calls of the model itself count, in the thread that opened the block. Several records may
-    be open at once, also of one model and a part of it. Layers of nn.TransformerEncoder run without
-    their fused inference path while recorded: a hook on them, anyone's, has that effect. What a
+    be open at once, also of one model and a part of it.
+
+    Two limits: nn.TransformerEncoder and its layers leave their fused inference path while recorded
+    (for any hook), which changes the last bits, and what stands at padded positions. And what a
     compiled or scripted part of the model adds is not seen.
 
     Args:
@@ -41,6 +43,7 @@ def record(model: nn.Module, per_sample: bool = False) -> Iterator[Tape]:
         RuntimeError: From a later pass whose residual adds are not those of the first.
 
     Example:
+        >>> import torch
         >>> class Block(nn.Linear):
         ...     def forward(self, x):
         ...         return x + super().forward(x)

@@ -125,7 +125,11 @@ class Search:
             self._mode.switch(not _is_opaque(self._frames[-1].module))
 
     def _close(self, event: Event) -> None:
-        if self._frames and (window := self._frames[-1].window).entries:
+        if not self._frames:
+            return
+        frame = self._frames[-1]
+        # nn.TransformerEncoder makes nested tensors, which hide all adds, where no mode is on.
+        if (window := frame.window).entries or isinstance(frame.module, nn.TransformerEncoder):
             self.plan.windows[window.opens] = window
             self.plan.closes.add(event)
 

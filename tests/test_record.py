@@ -141,6 +141,20 @@ def test_encoder_layers_are_recorded_in_eval_mode_as_well():
     assert tape.names[0] == "layers.0[0]"
 
 
+def test_an_encoder_with_padding_is_recorded_without_nested_tensors():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=padding)
+        with record(model) as tape:
+            outs = [model(x, src_key_padding_mask=padding) for _ in range(3)]
+    assert len(tape.names) == 4
+    for out in outs:
+        torch.testing.assert_close(out[~padding], plain[~padding])
+
+
 class Written(nn.Module):
     def __init__(self, write):
         super().__init__()
