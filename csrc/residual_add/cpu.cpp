@@ -37,13 +37,11 @@ FASTRES_HD void for_each_tile(int64_t size, const OneTile& tile, const Fold& fol
 // One segment of a row: where it begins in a [rows, cols] tensor and in the mask, and how long it is.
 struct Segment {
   int64_t row, at, mask_at, size;
-  Segment(int64_t task, int64_t cols) {
-    const int64_t segments = segments_of(cols), c = task % segments * kSegment;
-    row = task / segments;
-    at = row * cols + c;
-    mask_at = row * ceil_div(cols, 8) + c / 8;
-    size = kSegment < cols - c ? kSegment : cols - c;
-  }
+  Segment(int64_t row, int64_t c, int64_t cols)
+      : row(row),
+        at(row * cols + c),
+        mask_at(row * ((cols + 7) / 8) + c / 8),
+        size(kSegment < cols - c ? kSegment : cols - c) {}
 };
 
 template <class T> const T* offset(const void* p, int64_t at) { return p ? static_cast<const T*>(p) + at : nullptr; }
@@ -131,11 +129,17 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
 // Does the tasks, each sum to its partial or, with one segment a row, to keep(row, sum).
 template <class Any, class Sum, class OneSegment, class Keep>
 void do_tasks(const Any& a, Sum* partial, int64_t begin, int64_t end, const OneSegment& segment, const Keep& keep) {
+  const int64_t segments = segments_of(a.cols);
+  int64_t row = begin / segments, c = begin % segments * kSegment;
   for (int64_t task = begin; task < end; ++task) {
-    const Segment s(task, a.cols);
-    const Sum sum = segment(a, s);
+    const Sum sum = segment(a, Segment(row, c, a.cols));
     if (partial) partial[task] = sum;
-    else keep(s.row, sum);
+    else keep(row, sum);
+    c += kSegment;
+    if (c >= a.cols) {
+      c = 0;
+      ++row;
+    }
   }
 }
 
