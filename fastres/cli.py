@@ -69,7 +69,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
     option("--blocks", type=int, nargs="+", metavar="L", help="depths (6 12 30 60 120 300)")
     option("--width", type=int, default=64, help="features of the stream (64)")
-    option("--epochs", type=int, help="digits 15, mnist 1, cifar10 2")
+    option("--epochs", type=int, help="digits 12, mnist 1, cifar10 2")
     option("--seed", type=int, default=0, help="of weights and order (0)")
     option("--out", type=Path, default=Path("fastres-report"), help="folder (fastres-report)")
     option("--device", default="cpu", help="torch device (cpu)")

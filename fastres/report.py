@@ -128,9 +128,9 @@ def plot_profiles(path: Path, profiles: Mapping[int, tuple[ArrayLike, ArrayLike]
     for axes, kind, name in zip(panels, (0, 1), ("scaled", "absolute"), strict=True):
         for blocks, colour in zip(sorted(profiles), _colours(len(profiles)), strict=True):
             place = np.arange(blocks) / blocks
-            mark = "o" if blocks == 1 else ""  # a line of one point would not be seen
+            mark = "o" if blocks == 1 else None  # a line of one point would not be seen
             thickness = 1.6 if blocks < 100 else 0.9  # hundreds of points would run together
-            axes.plot(place, profiles[blocks][kind], mark, ls="-", color=colour, lw=thickness)
+            axes.plot(place, profiles[blocks][kind], marker=mark, color=colour, lw=thickness)
         formula = r"$\|f\|\,/\,\|x\|$" if name == "scaled" else r"$\|f\|$"
         _decorate(axes, "place of the block, $l\\,/\\,L$", f"{name} perturbation  {formula}")
         _log_ticks(axes)
@@ -140,14 +140,17 @@ def plot_profiles(path: Path, profiles: Mapping[int, tuple[ArrayLike, ArrayLike]
     _save(figure, path)
 
 
-def plot_power_law(path: Path, blocks: ArrayLike, scaled: ArrayLike, law: PowerLaw) -> None:
+def plot_power_law(
+    path: Path, blocks: ArrayLike, scaled: ArrayLike, start: ArrayLike, law: PowerLaw
+) -> None:
     """Plot the mean scaled perturbation against the number of blocks, with its fit and 1 / L.
 
     Args:
         path: The PNG file.
         blocks: Numbers of blocks, [n].
         scaled: Mean scaled perturbation at each, [n].
-        law: The fit.
+        start: The same before training, [n].
+        law: The fit to `scaled`.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -163,7 +166,8 @@ def plot_power_law(path: Path, blocks: ArrayLike, scaled: ArrayLike, law: PowerL
     )
     fit = rf"$\propto L^{{{law.exponent:.2f}}}$  (fit)"
     axes.plot(reach, law.at(reach), color=_colours(3)[1], label=fit)
-    axes.plot(depth, value, "o", color=_colours(3)[0], ms=6, label="measured", zorder=3)
+    axes.plot(depth, start, "o", mfc="none", mec="0.45", ms=9, label="before training")
+    axes.plot(depth, value, "o", color=_colours(3)[0], ms=6, label="trained", zorder=3)
     axes.set_xscale("log")
     _log_ticks(axes)
     axes.set_xticks(depth, [f"{n:g}" for n in depth])

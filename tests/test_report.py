@@ -79,7 +79,7 @@ def test_plots_are_drawn_for_one_block_and_for_many(tmp_path):
     report.plot_profiles(tmp_path / "a.png", profiles)
     depths = sorted(profiles)
     values = [1 / n for n in depths]
-    report.plot_power_law(tmp_path / "b.png", depths, values, power_law(depths, values))
+    report.plot_power_law(tmp_path / "b.png", depths, values, values, power_law(depths, values))
     for file in tmp_path.iterdir():
         assert file.read_bytes().startswith(PNG)
         assert file.stat().st_size > 10_000

@@ -21,6 +21,7 @@ class Row:
     error: float  # fraction of the test set
     absolute: float  # mean over test samples and blocks
     scaled: float
+    scaled_start: float  # before training: what the initialisation alone gives
     record_cost: float  # time of a recorded training step over that of a plain one
     seconds: float  # of training
     profile_absolute: list[float]  # [L], mean over test samples
@@ -34,6 +35,7 @@ class Row:
             error=float(entry["error"]),
             absolute=float(entry["absolute"]),
             scaled=float(entry["scaled"]),
+            scaled_start=float(entry["scaled_start"]),
             record_cost=float(entry["record_cost"]),
             seconds=float(entry["seconds"]),
             profile_absolute=[float(v) for v in entry["profile_absolute"]],
@@ -91,14 +93,15 @@ def save(
 
 def table(rows: Sequence[Row]) -> str:
     """Lay out the rows for a terminal."""
-    columns = ("blocks", "test error", "absolute", "scaled", "recording", "training")
+    columns = ("blocks", "test error", "absolute", "scaled", "at start", "recording", "time")
     lines = [
         (
             str(row.blocks),
             f"{row.error:.1%}",
             f"{row.absolute:.3f}",
             f"{row.scaled:.4f}",
-            f"{row.record_cost:.3f}x",
+            f"{row.scaled_start:.4f}",
+            f"{row.record_cost:.2f}x",
             f"{row.seconds:.1f} s",
         )
         for row in rows
@@ -116,4 +119,5 @@ def draw(out: Path, rows: Sequence[Row]) -> None:
     report.plot_profiles(out / "perturbation.png", profiles)
     if laws := laws_of(rows):
         blocks, scaled = [row.blocks for row in rows], [row.scaled for row in rows]
-        report.plot_power_law(out / "power_law.png", blocks, scaled, laws["scaled"])
+        start = [row.scaled_start for row in rows]
+        report.plot_power_law(out / "power_law.png", blocks, scaled, start, laws["scaled"])
