@@ -1,0 +1,47 @@
+"""_C: the compiled library. Importing it registers the operators with torch.
+
+Each operator's CPU kernel is a function of its name on NumPy arrays: no copy, no torch, no autograd.
+"""
+
+from typing import TypedDict, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = TypeVar("Array", NDArray[np.float64], NDArray[np.float32], NDArray[np.float16])
+
+class BuildInfo(TypedDict):
+    """What was built, and what this CPU uses."""
+
+    compiler: str
+    cxx_standard: int  # __cplusplus
+    isas_built: list[str]  # the slowest first
+    isa_in_use: str
+    cuda_archs: str  # "80 90"; empty where _C_cuda was not tried
+    torch_abi_target: str  # TORCH_TARGET_VERSION: the oldest torch that the library runs on
+    built_with_torch: str
+
+def build_info() -> BuildInfo:
+    """Return what was built, and what this CPU uses."""
+
+def residual_add(
+    x: Array,
+    f: Array,
+    gate: NDArray[np.float32] | NDArray[np.float64] | None = None,
+    relu: bool = False,
+) -> tuple[Array, NDArray[np.float32] | NDArray[np.float64]]:
+    """Add a gated branch to the stream, y = act(x + p) with p = gate * f.
+
+    Args:
+        x: Stream, C-contiguous [B, ...], float64, float32 or float16.
+        f: Branch, shape and dtype of x.
+        gate: [B], float64 for float64 x, else float32; 1 if None.
+        relu: Whether act is the ReLU, else the identity.
+
+    Returns:
+        y, like x, and the sums of x*x, p*p and x*p of every sample, [3, B], dtype of gate.
+
+    Raises:
+        TypeError: If a dtype is another.
+        ValueError: If a shape or layout is another.
+    """
