@@ -1,6 +1,6 @@
 """_C: the compiled library. Importing it registers the operators with torch.
 
-Each operator's CPU kernel is a function of its name on NumPy arrays: no copy, no torch, no autograd.
+Each operator's CPU kernel is a function of its name on NumPy arrays, without copy or autograd.
 """
 
 from typing import TypedDict, TypeVar
