@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
@@ -29,7 +30,36 @@ def add(x: Tensor, f: Tensor) -> Tensor:
     if has_torch_function((x, f)):
         total: Tensor = handle_torch_function(add, (x, f), x, f)
         return total
-    return x + f
+    if not _local.listeners:
+        return x + f
+    listener = _local.listeners.pop()  # its own call of `add` is for those below it
+    try:
+        total = listener.handle(add, (x, f), {})
+    finally:
+        _local.listeners.append(listener)
+    return total
+
+
+class Listener:
+    """Hears the calls of `add`, and nothing else, while it is on: cheaper than a function mode."""
+
+    def __init__(self, handle: Callable[..., Any]) -> None:
+        self.handle = handle
+
+    def switch(self, on: bool) -> None:
+        """Switch it on or off."""
+        if on and self not in _local.listeners:
+            _local.listeners.append(self)
+        elif not on and self in _local.listeners:
+            _local.listeners.remove(self)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+
+
+_local: Final = _Local()
 
 
 ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
@@ -125,6 +155,7 @@ class Window:
     opens: Event
     candidates: int = 0  # calls in it that `read_add` accepts
     entries: dict[int, tuple[int, int]] = field(default_factory=dict)  # candidate -> site, skip
+    declared: bool = True  # all candidates are calls of `add`: listening to it is enough
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from fastres.adds import (
     Policy,
     Site,
     Window,
+    add,
     check_sides,
     read_add,
 )
@@ -152,6 +153,7 @@ class Search:
             window.entries[window.candidates] = (index, found.skip)
             out = self._policy.at(index, call, found.skip)
         window.candidates += call is not None
+        window.declared &= call is None or call.func is add
         version = self._graph.result(noted, read, out)
         if call is not None and found is not None:
             self._rule.note(version, skip)

@@ -13,7 +13,19 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastres.adds import Add, Event, Mode, Plan, Policy, Site, Window, add, check_sides, read_add
+from fastres.adds import (
+    Add,
+    Event,
+    Listener,
+    Mode,
+    Plan,
+    Policy,
+    Site,
+    Window,
+    add,
+    check_sides,
+    read_add,
+)
 from fastres.searching import Search, is_compiled
 from fastres.versions import tensors_in
 
@@ -40,7 +52,7 @@ class Watch:
         self._op, self._model, self._policy = op, model, policy
         self._thread = threading.get_ident()
         self._search: Search | None = None
-        self._mode = Mode(self._handle)
+        self._mode, self._listener = Mode(self._handle), Listener(self._handle)
         self._hooks: list[RemovableHandle] = []
         self._depth = 0  # calls of the model under way: more than one where it calls itself
         self._calls: Counter[int] = Counter()
@@ -70,6 +82,7 @@ class Watch:
     def _off(self) -> None:
         self._depth, self._window = 0, None
         self._mode.switch(False)
+        self._listener.switch(False)
         if self._search is not None:
             self._search.stop()
             self._search = None
@@ -164,7 +177,10 @@ class Watch:
             self._window = None
         if self._window is None:
             self._window, self._candidate = self.plan.windows.get(event), 0
-        self._mode.switch(self._window is not None)
+        window = self._window
+        listens = window is not None and window.declared and bool(window.entries)
+        self._listener.switch(listens)
+        self._mode.switch(window is not None and not listens)
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.plan is not None
