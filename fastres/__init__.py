@@ -1,8 +1,9 @@
 """fastres: residual networks, observed inside the kernels that add the branch to the stream."""
 
+from fastres import nn
 from fastres.ops import Stats, residual_add
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
 
-__all__ = ["Site", "Stats", "Tape", "record", "residual_add", "trace"]
+__all__ = ["Site", "Stats", "Tape", "nn", "record", "residual_add", "trace"]
 __version__ = "0.1.0"

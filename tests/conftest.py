@@ -8,7 +8,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-cuda", action="store_true", help="a test that lacks a GPU or its kernels fails"
     )
-    parser.addoption("--require-data", action="store_true", help="a test that lacks data fails")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,16 +15,28 @@ def pytest_collection_modifyitems(items):
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Every device the contract holds on; cuda is skipped, or fails with --require-cuda."""
+def _available(request, device):
+    """Skip, or fail with --require-cuda, where a device or its kernels are missing."""
     from fastres.ops import native
 
-    device = torch.device(request.param)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        if request.config.getoption("--require-cuda"):
-            pytest.fail("no CUDA device")
-        pytest.skip("no CUDA device")
-    if not native.runs_on(device) and request.config.getoption("--require-cuda"):
-        pytest.fail(f"fastres has no {device.type} kernels: {native.missing}")
+    lacking = "no CUDA device" if device.type == "cuda" and not torch.cuda.is_available() else ""
+    if request.config.getoption("--require-cuda"):
+        if not lacking and not native.runs_on(device):
+            lacking = f"fastres has no {device.type} kernels: {native.missing}"
+        if lacking:
+            pytest.fail(lacking)
+    if lacking:
+        pytest.skip(lacking)
     return device
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Every device the contract holds on."""
+    return _available(request, torch.device(request.param))
+
+
+@pytest.fixture
+def cuda(request):
+    """The CUDA device, for what is said of it alone."""
+    return _available(request, torch.device("cuda"))

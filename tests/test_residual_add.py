@@ -191,6 +191,42 @@ def test_in_place_equals_out_of_place(device):
             assert torch.equal(target, y)
 
 
+def test_a_cuda_graph_replays_the_same_bits(cuda):
+    x, f = pair(64, 1000, device=cuda)
+    expected = residual_add(x, f, relu=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, stats = residual_add(x, f, relu=True)
+    y.zero_(), stats.sums.zero_()
+    graph.replay()
+    assert torch.equal(y, expected[0])
+    assert torch.equal(stats.sums, expected[1].sums)
+
+
+def test_the_kernel_runs_on_the_current_stream(cuda):
+    x, f = pair(4096, 4096, device=cuda)
+    expected = residual_add(2 * x, f)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(50):
+            torch.cuda._sleep(100_000)
+            doubled = 2 * x  # on another stream the add would read it too early
+            assert torch.equal(residual_add(doubled, f)[0], expected)
+
+
+@pytest.mark.skipif(not os.environ.get("FASTRES_LARGE"), reason="needs 14 GB: FASTRES_LARGE=1")
+def test_more_than_2_to_the_31_elements(device):
+    cols = 2**30 + 9
+    x = torch.full((2, cols), 0.5, dtype=torch.bfloat16, device=device)
+    x[1, -5:] = 3.0
+    y, stats = residual_add(x, x, relu=True)
+    assert stats.skip_sq.tolist() == pytest.approx([cols * 0.25, (cols - 5) * 0.25 + 45], rel=1e-6)
+    assert y[0, -1].item() == 1.0
+    assert (y[1, -5:] == 6.0).all()
+    assert (y[1, -100:-5] == 1.0).all()
+
+
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
