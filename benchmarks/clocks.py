@@ -40,10 +40,8 @@ class Clock(Protocol):
 class WallClock:
     """Seconds by a host clock; for work that is done when the call returns."""
 
-    name = "wall"
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], float] = time.perf_counter, name: str = "wall") -> None:
+        self._now, self.name = now, name
 
     def prepare(self, calls: Sequence[Call], rotated: Call, capturable: bool) -> Loop:
         """Time the calls as they are, each on the next set of buffers."""

@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--smoke", action="store_true", help="tiny shapes, nothing is written")
     arguments.add_argument("--out", type=Path, default=results.FOLDER, help="folder for results")
     arguments.add_argument("--minutes", type=float, default=60.0, help="stop starting cases then")
+    arguments.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread's own time, where others use the machine",
+    )
     arguments.add_argument("--commit", help="commit of the sources where git cannot tell")
     return arguments
 
@@ -45,14 +50,24 @@ def run(modules: Iterable[ModuleType], argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks: --device cuda needs an NVIDIA GPU, and torch sees none")
+    if arguments.cpu_time and (arguments.device == "cuda" or (arguments.threads or [1]) != [1]):
+        raise SystemExit("benchmarks: --cpu-time needs --device cpu and --threads 1")
+    modules = list(modules)
+    known = [module.NAME for module in modules]
+    for name in set(arguments.names) - set(known):
+        raise SystemExit(f"benchmarks: names must be of {', '.join(known)}, got {name}")
     deadline = time.monotonic() + 60 * arguments.minutes
     kept = machine.hold_memory()
     status = 0
     for module in modules:
+        device = torch.device(arguments.device)
         if arguments.names and module.NAME not in arguments.names:
             continue
+        if not selected(module, device, arguments):
+            continue
         report = measure(module, arguments, deadline, kept)
-        results.verdict(report)
+        if not arguments.smoke:
+            results.verdict(report)
         for entry in report["not_measured"]:
             print(f"not measured: {entry['variant']}: {entry['reason']} ({len(entry['cases'])})")
             status |= entry["variant"] == OURS
@@ -71,7 +86,8 @@ def measure(
     """Run one benchmark and return its report, as `results` documents it; saved case by case."""
     device = torch.device(arguments.device)
     protocol = SMOKE if arguments.smoke else CUDA if device.type == "cuda" else CPU
-    threads = arguments.threads or ([1] if device.type == "cuda" or arguments.smoke else [1, 2])
+    single = device.type == "cuda" or arguments.smoke or arguments.cpu_time
+    threads = arguments.threads or ([1] if single else [1, 2])
     report = results.empty(module.NAME, machine.environment(device, arguments.commit), protocol)
     report["protocol"]["memory"] = memory
     for count in threads:
@@ -84,17 +100,18 @@ def measure(
                 if time.monotonic() > deadline:
                     results.miss(report, case, "any clock", OURS, "the time given was over")
                     continue
-                one(case, device, count, protocol, peaks, report, arguments.variants)
+                clocks = clocks_of(case, device, arguments.cpu_time)
+                one(case, clocks, device, count, protocol, peaks, report, arguments.variants)
                 if _writes(arguments):
                     results.save(report, arguments.out)
     return report
 
 
 def one(
-    case: Case, device: torch.device, threads: int, protocol: Protocol,
+    case: Case, clocks: list[Clock], device: torch.device, threads: int, protocol: Protocol,
     peaks: dict[str, float], report: dict[str, Any], only: str,
 ) -> None:  # fmt: skip
-    """Measure a case by each clock of the device, and note in the report what came of it."""
+    """Measure a case by each of the clocks, and note in the report what came of it."""
     only = only or (NOT_COMPILED if protocol is SMOKE else "")
     variants = {**case.variants, **limits.copies(case, device, threads)}
     variants = {k: v for k, v in variants.items() if re.search(only, k) or k == OURS or v.limit}
@@ -104,7 +121,7 @@ def one(
         least, budget = min(5, protocol.rounds[0]), min(60.0, 15 * protocol.budget)
         protocol = replace(protocol, rounds=(least, 41), budget=budget)
     peak = peaks.get(str(case.dtype).removeprefix("torch."), peaks["float32"])
-    for clock in clocks(case, device):
+    for clock in clocks:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -116,10 +133,10 @@ def one(
         report["rows"] += [{"threads": threads, **row} for row in rows]
 
 
-def clocks(case: Case, device: torch.device) -> list[Clock]:
+def clocks_of(case: Case, device: torch.device, cpu_time: bool) -> list[Clock]:
     """Return the clocks that time a case on a device."""
     if device.type == "cpu":
-        return [WallClock()]
+        return [WallClock(time.process_time, "cpu time") if cpu_time else WallClock()]
     return [EventClock(), GraphClock()] if case.graphed else [EventClock()]
 
 

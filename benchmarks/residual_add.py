@@ -4,7 +4,7 @@ y = x + f with ||x||^2, ||f||^2, <x, f> per sample needs two reads and one write
 does: 3 passes over B*N elements, and 12 bytes per sample. By bytes, out of cache, fastres should
 take the time of the bare add, and be faster than
 
-    eager norms   9/3 = 3.0x   add 3, vector_norm 1 + 1, multiply 3, sum 1
+    eager norms   9/3 = 3.0x   add 3, vector_norm 1 + 1, multiply 3, sum 1; also `eager rounded`
     eager sums   13/3 = 4.3x   add 3, x*x 2 + 1, f*f 2 + 1, x*f 3 + 1
     eager bmm     7/3 = 2.3x   add 3, inner products 1 + 1 + 2 (GPU only)
     compile       3/3 = 1.0x   one kernel as well: parity is the limit
