@@ -57,10 +57,10 @@ def requirements(extras: Iterable[str]) -> set[str]:
 
 
 def install(*wanted: str) -> None:
-    """Let pip install; its errors are seen, and end this program."""
+    """Let pip install; of what it says only errors are seen, and they end this program."""
     if importlib.util.find_spec("pip") is None:  # uv makes environments without it
         subprocess.run([sys.executable, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     print(f"+ pip install {shlex.join(wanted)}", flush=True)
     if code := subprocess.run([*command, *wanted]).returncode:
         raise SystemExit(code)
