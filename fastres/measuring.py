@@ -107,7 +107,7 @@ def _fits(call: Add) -> bool:
         and a.dtype is b.dtype
         and a.dtype in _DTYPES
         and a.device == b.device
-        and native.runs_on(a.device)
+        and native.runs_on(a)
         and a.stride() == b.stride()
         and has_dense_samples(a)
     )

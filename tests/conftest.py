@@ -21,7 +21,7 @@ def _available(request, device):
 
     lacking = "no CUDA device" if device.type == "cuda" and not torch.cuda.is_available() else ""
     if request.config.getoption("--require-cuda"):
-        if not lacking and not native.runs_on(device):
+        if not lacking and not native.runs_on(torch.empty(0, device=device)):
             lacking = f"fastres has no {device.type} kernels: {native.missing}"
         if lacking:
             pytest.fail(lacking)

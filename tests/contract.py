@@ -1,4 +1,4 @@
-"""contract: what every fused operator promises. A test class names op, reference and samples, and inherits it."""
+"""contract: what every fused operator promises; a test class names an op and inherits it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,8 +190,10 @@ class OpContract:
                 torch.testing.assert_close(got, expected)
 
     def test_exports_with_a_dynamic_batch(self, device):
+        op = type(self).op
+
         class Model(torch.nn.Module):
-            def forward(self, x, f, op=type(self).op):
+            def forward(self, x, f):
                 y, stats = op(x, f, relu=True)
                 return y, stats.branch_sq
 

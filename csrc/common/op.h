@@ -79,9 +79,9 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
 // An uninitialised tensor on the device of `like`. Straight through the C shim: the stable ABI's own empty_like and
 // new_empty look the operator up by name, 5 us a call.
 inline Tensor uninitialized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::vector<int64_t> size(sizes), stride(sizes.size(), 1);
-  for (size_t d = size.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
-  return empty_strided(like, size.data(), stride.data(), size.size(), type);
+  int64_t stride[4] = {1, 1, 1, 1};
+  for (size_t d = sizes.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(sizes.begin()[d], 1);
+  return empty_strided(like, sizes.begin(), stride, sizes.size(), type);
 }
 inline Tensor uninitialized_like(const Tensor& like) {
   return empty_strided(like, like.sizes().data(), like.strides().data(), like.dim(), like.scalar_type());

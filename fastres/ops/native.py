@@ -42,14 +42,13 @@ def _load_cuda() -> bool:
 
 
 C: Final[Any] = _load_cpu()  # the module, with build_info() and the kernels on NumPy arrays
-_devices: Final = {"cpu", "meta"} if C is not None else set()
-if _load_cuda():
-    _devices.add("cuda")
+CPU: Final = C is not None
+CUDA: Final = _load_cuda()
 
 
-def runs_on(device: torch.device) -> bool:
-    """Tell whether the compiled operators run on tensors of this device."""
-    return device.type in _devices
+def runs_on(t: torch.Tensor) -> bool:
+    """Tell whether the compiled operators run where this tensor is."""
+    return (t.is_cpu and CPU) or (t.is_cuda and CUDA) or (t.is_meta and CPU)
 
 
 def raw(name: str) -> Any:

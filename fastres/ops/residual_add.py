@@ -64,7 +64,7 @@ def residual_add(
         _check(x, f, gate)  # names what the kernel refused
         raise
     _check(x, f, gate)
-    if not native.runs_on(x.device):
+    if not native.runs_on(x):
         return reference(x, f, gate, relu, differentiable_stats=differentiable_stats)
     dtype = torch.promote_types(x.dtype, f.dtype)
     x, f = x.to(dtype), f.to(dtype)
@@ -109,7 +109,7 @@ def _is_plain(x: Tensor, f: Tensor) -> bool:
         and x.dtype is f.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or f.requires_grad))
         and forward_ad._current_level < 0
-        and native.runs_on(x.device)
+        and native.runs_on(x)
     )
 
 
