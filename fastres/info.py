@@ -32,6 +32,7 @@ VARIABLES = {  # that fastres honours -> what they are for
     "FASTRES_DATA": "running: folder of MNIST and CIFAR-10",
     "FASTRES_TRACEBACK": "running: tracebacks of the command line's errors",
 }
+REQUIRED = {"cpu": ("_C",), "cuda": ("_C", "_C_cuda")}
 
 
 class Library(TypedDict):
@@ -130,15 +131,12 @@ def _present(facts: dict[str, str]) -> Library:
 
 
 def _absent(name: str, variable: str, *lacking: str) -> Library:
-    """Why a library is not loaded; `lacking` is what it could not be built without, and its mend."""
-    reason, *fixes = lacking or ("",)
-    if list(Path(__file__).parent.glob(f"{name}.*so")):
-        reason, fixes = native.missing[name], []
-    else:
-        reason = f"not built: {reason}" if reason else "not built"
-    return {
-        "loaded": False, "facts": {}, "reason": reason, "fix": "; ".join([*fixes, _build(variable)]),
-    }  # fmt: skip
+    """Why a library is not loaded; lacking: what it could not be built without, and the mend."""
+    reason, fix = native.missing[name], _build(variable)
+    if not list(Path(__file__).parent.glob(f"{name}.*so")):
+        reason = ": ".join(["not built", *lacking[:1]])
+        fix = "; ".join([*lacking[1:], fix])
+    return {"loaded": False, "facts": {}, "reason": reason, "fix": fix}
 
 
 def _nvcc() -> str | None:
@@ -215,15 +213,14 @@ def main(argv: Sequence[str] = ()) -> int:
         prog="fastres.info", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument("--require", choices=("cpu", "cuda"), help="fail unless its kernels run")
+    parser.add_argument("--require", choices=REQUIRED, help="fail unless its kernels run")
     given = parser.parse_args(argv)
     info = collect()
     print(json.dumps(info, indent=1) if given.json else text(info))
-    if given.require and not (native.CUDA if given.require == "cuda" else native.CPU):
-        library = "_C_cuda" if given.require == "cuda" and native.C is not None else "_C"
-        lacking = info["libraries"][library]
-        print(f"fastres: {library} is not loaded: {lacking['reason']}", file=sys.stderr)
-        return 1
+    for name, library in info["libraries"].items():
+        if name in REQUIRED.get(given.require, ()) and not library["loaded"]:
+            print(f"fastres: {name} is not loaded: {library['reason']}", file=sys.stderr)
+            return 1
     if given.require == "cuda" and not torch.cuda.is_available():
         print(f"fastres: no GPU: {info['devices']['cuda']}", file=sys.stderr)
         return 1
