@@ -1,13 +1,15 @@
 """tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
-every case, else only those that the benchmark calls headline. Run `python -m benchmarks.tables`
+every case, else only those that the benchmark calls headline; `<!-- table: demo -->` has what the
+demo printed, from docs/demo/report.json. Run `python -m benchmarks.tables`
 to rewrite them, with `--check` to fail where one is not up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -17,6 +19,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
+from fastres.studies import demo_report
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -95,8 +98,21 @@ def caption(report: Report) -> str:
     return text + (f" Not measured: {', '.join(sorted(missing))}." if missing else "")
 
 
+def demo() -> str:
+    """Return what `make demo` printed when docs/demo was made, and where that was."""
+    content = json.loads((ROOT / "docs/demo/report.json").read_text())
+    environment = content["environment"]
+    return (
+        f"```\n{demo_report.text([demo_report.Row.parse(row) for row in content['rows']])}\n```\n\n"
+        f"{environment['device']}, {environment['threads']} thread, torch {environment['torch']}, "
+        f"{environment['date'][:10]}.\n"
+    )
+
+
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
-    """Return what stands between the markers for one benchmark, all devices one after another."""
+    """Return what stands between the markers for one name, all devices one after another."""
+    if name == "demo":
+        return demo()
     parts = []
     for kind, where in KINDS.items():
         found = [r for r in reports if r["name"] == name and r["device"]["kind"] == kind]

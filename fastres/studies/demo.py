@@ -20,7 +20,7 @@ from fastres.analysis.depth import PowerLaw
 from fastres.data import Data, load
 from fastres.nn import ResidualMLP
 from fastres.record import Tape, record
-from fastres.studies.demo_report import Row, draw, finished, laws_of, save, table
+from fastres.studies.demo_report import Row, draw, finished, laws_of, save, text
 from fastres.training import Recipe, Stepper, evaluate, evaluating, train
 
 # what all six depths together do in about a minute on two cores
@@ -110,9 +110,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
 def _present(rows: Sequence[Row], out: Path, say: Callable[[str], None]) -> None:
     if not rows:
         return
-    say(f"\n{table(rows)}\n")
-    for kind, law in laws_of(rows).items():
-        say(f"mean {kind} perturbation = {law}")
+    say(f"\n{text(rows)}")
     try:
         draw(out, rows)
     except ModuleNotFoundError as error:

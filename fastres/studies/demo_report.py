@@ -109,6 +109,12 @@ def table(rows: Sequence[Row]) -> str:
     return report.table(columns, lines)
 
 
+def text(rows: Sequence[Row]) -> str:
+    """Lay out the table and, under it, the power laws."""
+    laws = [f"mean {kind} perturbation = {law}" for kind, law in laws_of(rows).items()]
+    return "\n".join([table(rows), "", *laws])
+
+
 def draw(out: Path, rows: Sequence[Row]) -> None:
     """Draw perturbation.png and, from two depths on, power_law.png.
 

@@ -1,0 +1,31 @@
+"""README: its examples run as they stand there, and print what it shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_example_prints_what_the_readme_shows(capsys):
+    (language, code), (_, shown) = BLOCKS[:2]
+    assert language == "python"
+    names = {}
+    exec(code, names)
+    assert names["tape"].names == ["0", "1", "2", "3"]
+    printed, expected = (
+        re.findall(r"[\d.]+|[a-zA-Z]+", text) for text in (capsys.readouterr().out, shown)
+    )
+    assert len(printed) == len(expected)
+    for got, want in zip(printed, expected, strict=True):  # digits differ with the CPU's linear
+        assert got == want or float(got) == pytest.approx(float(want), rel=0.02)
+
+
+def test_the_second_example_runs():
+    names = {"x": torch.ones(2, 3), "f": torch.ones(2, 3)}
+    exec("import fastres", names)
+    exec(BLOCKS[2][1], names)
+    assert names["y"].tolist() == [[1.5] * 3] * 2
