@@ -1,5 +1,5 @@
-// module: the Python module fastres._C. Loading it registers the operators; it says what was built and what this CPU
-// can do, and offers every op's CPU kernel on NumPy arrays.
+// module: the Python module fastres._C. Loading it registers the operators; it says what was built
+// and what this CPU can do, and offers every op's CPU kernel on NumPy arrays.
 #include "common/isa.h"
 #include "common/numpy.h"
 

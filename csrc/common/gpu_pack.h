@@ -71,14 +71,10 @@ __device__ __forceinline__ void store(void* to, const Pack<T, kSize>& from) {
 template <class Body>
 void with_element(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::kFloat64:
-      return body(double());
-    case Dtype::kFloat32:
-      return body(float());
-    case Dtype::kBFloat16:
-      return body(__nv_bfloat16());
-    case Dtype::kFloat16:
-      return body(__half());
+    case Dtype::kFloat64: return body(double());
+    case Dtype::kFloat32: return body(float());
+    case Dtype::kBFloat16: return body(__nv_bfloat16());
+    case Dtype::kFloat16: return body(__half());
   }
 }
 

@@ -115,10 +115,8 @@ void with_tile(int64_t cols, Dtype dtype, uintptr_t addresses, const Body& body)
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
     const bool packed = (addresses | (cols * sizeof(T))) % 16 == 0;
-    if (packed)
-      body(Tile<T, kPackSize<T>, 2>());
-    else
-      body(Tile<T, 1, 8>());
+    if (packed) body(Tile<T, kPackSize<T>, 2>());
+    else body(Tile<T, 1, 8>());
   });
 }
 

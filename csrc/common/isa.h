@@ -1,4 +1,4 @@
-// isa: which instruction set's build of a CPU kernel runs; chosen once, at load, by what this CPU can do.
+// isa: which instruction set's build of a CPU kernel runs; chosen once, by what this CPU can do.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -13,8 +13,9 @@ inline Isa best_isa() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
 #else
   return Isa::kPortable;
@@ -33,14 +34,17 @@ inline Isa isa() {
   return chosen;
 }
 
-// Declares `void name(...)` in the namespace of each instruction set, and name##_for_this_cpu() that picks one.
+// Declares `void name(...)` in the namespace of each instruction set, and name##_for_this_cpu(),
+// which picks one.
 #if defined(__x86_64__)
-#define FASTRES_CPU_KERNEL(name, ...)                                          \
-  namespace portable { void name(__VA_ARGS__); }                               \
-  namespace avx2 { void name(__VA_ARGS__); }                                   \
-  namespace avx512 { void name(__VA_ARGS__); }                                 \
-  inline auto name##_for_this_cpu() {                                          \
-    return isa() == Isa::kAvx512 ? avx512::name : isa() == Isa::kAvx2 ? avx2::name : portable::name; \
+#define FASTRES_CPU_KERNEL(name, ...)              \
+  namespace portable { void name(__VA_ARGS__); }   \
+  namespace avx2 { void name(__VA_ARGS__); }       \
+  namespace avx512 { void name(__VA_ARGS__); }     \
+  inline auto name##_for_this_cpu() {              \
+    return isa() == Isa::kAvx512 ? avx512::name    \
+           : isa() == Isa::kAvx2 ? avx2::name      \
+                                 : portable::name; \
   }
 #else
 #define FASTRES_CPU_KERNEL(name, ...)            \

@@ -1,4 +1,5 @@
-// numpy: an op's CPU kernel on NumPy arrays, zero copy; and the list by which module.cpp finds every op's entry.
+// numpy: an op's CPU kernel on NumPy arrays, zero copy; and the list by which module.cpp finds
+// every op's entry.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -24,7 +25,8 @@ struct Entry {
   }
 };
 
-inline std::string message(const char* op, const char* argument, const std::string& rule, const py::object& got) {
+inline std::string message(const char* op, const char* argument, const std::string& rule,
+                           const py::object& got) {
   return std::string(op) + ": " + argument + " must " + rule + ", got " + std::string(py::str(got));
 }
 
@@ -34,18 +36,21 @@ inline Dtype check_array(const char* op, const char* argument, const py::array& 
   const auto size = a.itemsize();
   if (kind != 'f' || (size != 8 && size != 4 && size != 2) || a.dtype().byteorder() == '>')
     throw py::type_error(message(op, argument, "be float64, float32 or float16", a.dtype()));
-  if (a.ndim() < 2) throw py::value_error(message(op, argument, "have 2 or more dimensions", py::int_(a.ndim())));
+  if (a.ndim() < 2)
+    throw py::value_error(message(op, argument, "have 2 or more dimensions", py::int_(a.ndim())));
   if (!(a.flags() & py::array::c_style))
     throw py::value_error(message(op, argument, "be C-contiguous", a.attr("strides")));
   return size == 8 ? Dtype::kFloat64 : size == 4 ? Dtype::kFloat32 : Dtype::kFloat16;
 }
 
-inline void check_like(const char* op, const char* argument, const py::array& a, const py::array& like) {
+inline void check_like(const char* op, const char* argument, const py::array& a,
+                       const py::array& like) {
   if (!a.dtype().is(like.dtype()) && !a.dtype().equal(like.dtype()))
-    throw py::type_error(message(op, argument, "have dtype " + std::string(py::str(like.dtype())), a.dtype()));
+    throw py::type_error(
+        message(op, argument, "have dtype " + std::string(py::str(like.dtype())), a.dtype()));
   if (!a.attr("shape").equal(like.attr("shape")))
-    throw py::value_error(
-        message(op, argument, "have shape " + std::string(py::str(like.attr("shape"))), a.attr("shape")));
+    throw py::value_error(message(
+        op, argument, "have shape " + std::string(py::str(like.attr("shape"))), a.attr("shape")));
   check_array(op, argument, a);
 }
 
@@ -53,12 +58,14 @@ inline py::dtype accumulate_type(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>();
 }
 
-inline void check_vector(const char* op, const char* argument, const py::array& a, int64_t size, const py::dtype& type) {
+inline void check_vector(const char* op, const char* argument, const py::array& a, int64_t size,
+                         const py::dtype& type) {
   if (!a.dtype().equal(type))
-    throw py::type_error(message(op, argument, "have dtype " + std::string(py::str(type)), a.dtype()));
+    throw py::type_error(
+        message(op, argument, "have dtype " + std::string(py::str(type)), a.dtype()));
   if (a.ndim() != 1 || a.shape(0) != size || !(a.flags() & py::array::c_style))
-    throw py::value_error(
-        message(op, argument, "be contiguous of shape (" + std::to_string(size) + ",)", a.attr("shape")));
+    throw py::value_error(message(
+        op, argument, "be contiguous of shape (" + std::to_string(size) + ",)", a.attr("shape")));
 }
 
 inline py::array empty_like(const py::array& a) {

@@ -1,5 +1,6 @@
-// op: what the host side of every operator needs from torch, through its stable ABI: dtypes, layouts, pointers, launch.
-// An op.cpp is compiled twice: into _C (schema, CPU, NumPy) and, with FASTRES_CUDA defined, into _C_cuda (CUDA).
+// op: what the host side of every operator needs from torch, through its stable ABI: dtypes,
+// layouts, pointers, launch. An op.cpp is compiled twice: into _C (schema, CPU, NumPy) and, with
+// FASTRES_CUDA defined, into _C_cuda (CUDA).
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -28,7 +29,8 @@ inline Dtype dtype_of(const char* op, const char* argument, const Tensor& t) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16");
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -37,19 +39,22 @@ inline ScalarType accumulate_type(Dtype dtype) {
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
-  bool same = t.scalar_type() == like.scalar_type() && t.device() == like.device() && t.dim() == like.dim();
+  bool same =
+      t.scalar_type() == like.scalar_type() && t.device() == like.device() && t.dim() == like.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
-  STD_TORCH_CHECK(same, op, ": ", argument, " must have the shape, dtype and device of the first tensor");
+  STD_TORCH_CHECK(same, op, ": ", argument,
+                  " must have the shape, dtype and device of the first tensor");
 }
 
-// Whether the samples (dimension 0) lie one after the other and each fills its own stretch of memory, in any order of
-// the other dimensions: contiguous, channels_last, ... Each sample is then one row of elements.
+// Whether the samples (dimension 0) lie one after the other and each fills its own stretch of
+// memory, in any order of the other dimensions: contiguous, channels_last, ... Each sample is then
+// one row of elements.
 inline bool has_dense_samples(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
   const int64_t dims = t.dim();
   int64_t expected = 1;
   std::vector<bool> seen(dims, false);
-  for (int64_t found = 1; found < dims; ++found) {  // dimensions are few: pick the next stride each time
+  for (int64_t found = 1; found < dims; ++found) {  // they are few: pick the next stride each time
     int64_t next = -1;
     for (int64_t d = 1; d < dims; ++d)
       if (!seen[d] && (t.size(d) == 1 || t.stride(d) == expected)) next = d;
@@ -66,28 +71,32 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
-                            ScalarType type) {
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                            int64_t dims, ScalarType type) {
   int32_t device = 0;
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), device,
-                                                  like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type),
+                                                  device, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-// An uninitialised tensor on the device of `like`. Straight through the C shim: the stable ABI's own empty_like and
-// new_empty look the operator up by name, 5 us a call.
-inline Tensor uninitialized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+// An uninitialised tensor on the device of `like`. Straight through the C shim: the stable ABI's
+// own empty_like and new_empty look the operator up by name, 5 us a call.
+inline Tensor uninitialized(const Tensor& like, std::initializer_list<int64_t> sizes,
+                            ScalarType type) {
   int64_t stride[4] = {1, 1, 1, 1};
-  for (size_t d = sizes.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(sizes.begin()[d], 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    stride[d - 1] = stride[d] * std::max<int64_t>(sizes.begin()[d], 1);
   return empty_strided(like, sizes.begin(), stride, sizes.size(), type);
 }
 inline Tensor uninitialized_like(const Tensor& like) {
-  return empty_strided(like, like.sizes().data(), like.strides().data(), like.dim(), like.scalar_type());
+  return empty_strided(like, like.sizes().data(), like.strides().data(), like.dim(),
+                       like.scalar_type());
 }
 
-// The tensor whose layout a result takes: the first with dense samples, else a contiguous copy of the first.
+// The tensor whose layout a result takes: the first with dense samples, else a contiguous copy of
+// the first.
 inline Tensor layout_of(const Tensor& a, const Tensor& b) {
   return has_dense_samples(a) ? a : has_dense_samples(b) ? b : torch::stable::contiguous(a);
 }
@@ -102,7 +111,9 @@ inline OptionalTensor in_layout(const OptionalTensor& t, const Tensor& like) {
   return t ? OptionalTensor(in_layout(*t, like)) : t;
 }
 
-inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void* data_or_null(const OptionalTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 #if defined(FASTRES_CUDA)
 // Calls body(stream) with the tensor's device current and its current stream.

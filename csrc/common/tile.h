@@ -1,6 +1,7 @@
-// tile: 16 numbers of an accumulate type in vector registers, and how they are loaded from and stored to tensors.
-// One source for every instruction set: cpu.cpp files are compiled once per set with FASTRES_ISA naming the namespace.
-// 16 lanes everywhere, so that sums have one order and a tile's comparison is one uint16_t.
+// tile: 16 numbers of an accumulate type in vector registers, and how they are loaded from and
+// stored to tensors. One source for every instruction set: cpu.cpp files are compiled once per set
+// with FASTRES_ISA naming the namespace. 16 lanes everywhere, so that sums have one order and a
+// tile's comparison is one uint16_t.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,7 +29,8 @@ constexpr int kVectorBytes = 16;
 template <class E> struct VectorOf {
   typedef E type __attribute__((vector_size(kVectorBytes)));
 };
-template <class E, int N> struct Packed {  // N elements side by side, also where N * sizeof(E) is no register
+// N elements side by side, also where N * sizeof(E) is no register.
+template <class E, int N> struct Packed {
   typedef E type __attribute__((vector_size(N * sizeof(E))));
 };
 
@@ -83,12 +85,14 @@ template <class A> FASTRES_HD uint16_t positive_bits(const Tile<A>& t) {
   for (int i = 0; i < Tile<A>::kCount; ++i) {
     uint32_t part = 0;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) part = _mm512_cmp_ps_mask((__m512)t.v[i], _mm512_setzero_ps(), _CMP_NLE_UQ);
+    if constexpr (sizeof(A) == 4)
+      part = _mm512_cmp_ps_mask((__m512)t.v[i], _mm512_setzero_ps(), _CMP_NLE_UQ);
     else part = _mm512_cmp_pd_mask((__m512d)t.v[i], _mm512_setzero_pd(), _CMP_NLE_UQ);
 #elif defined(__AVX2__)
     if constexpr (sizeof(A) == 4)
       part = _mm256_movemask_ps(_mm256_cmp_ps((__m256)t.v[i], _mm256_setzero_ps(), _CMP_NLE_UQ));
-    else part = _mm256_movemask_pd(_mm256_cmp_pd((__m256d)t.v[i], _mm256_setzero_pd(), _CMP_NLE_UQ));
+    else
+      part = _mm256_movemask_pd(_mm256_cmp_pd((__m256d)t.v[i], _mm256_setzero_pd(), _CMP_NLE_UQ));
 #else
     for (int l = 0; l < Tile<A>::kWidth; ++l) part |= uint32_t(!(t.v[i][l] <= 0)) << l;
 #endif
@@ -101,7 +105,8 @@ template <class A> FASTRES_HD uint16_t positive_bits(const Tile<A>& t) {
 template <class A> FASTRES_HD Tile<A> select(uint16_t bits, const Tile<A>& t) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
-    return Tile<A>::map([&](int) { return (typename Tile<A>::Vector)_mm512_maskz_mov_ps(bits, (__m512)t.v[0]); });
+    return Tile<A>::map(
+        [&](int) { return (typename Tile<A>::Vector)_mm512_maskz_mov_ps(bits, (__m512)t.v[0]); });
   } else {
     return Tile<A>::map([&](int i) {
       return (typename Tile<A>::Vector)_mm512_maskz_mov_pd(bits >> (8 * i), (__m512d)t.v[i]);
@@ -123,8 +128,12 @@ template <class A> FASTRES_HD Tile<A> select(uint16_t bits, const Tile<A>& t) {
 }
 
 // What a tensor stores: how 16 elements become a tile and back, rounding to nearest even.
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 template <class T> struct Stored {  // float, double: no conversion
   using A = T;
@@ -165,10 +174,12 @@ template <> struct Stored<Float16> {
   FASTRES_HD static Tile<A> load(const Float16* p) {
     __m256i h;
     std::memcpy(&h, p, sizeof h);
-    return {{(Tile<A>::Vector)_mm512_cvtph_ps(h)}};
+    const __m512 v = _mm512_cvtph_ps(h);
+    return {{(Tile<A>::Vector)v }};
   }
   FASTRES_HD static void store(Float16* p, const Tile<A>& t) {
-    const __m256i h = _mm512_cvtps_ph((__m512)t.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i h =
+        _mm512_cvtps_ph((__m512)t.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     std::memcpy(p, &h, sizeof h);
   }
 #elif defined(__AVX2__)
@@ -203,7 +214,7 @@ template <> struct Stored<Float16> {
 #endif
 };
 
-// The first n of 16 elements, the other lanes 0. With n = kLanes a constant the choice costs nothing.
+// The first n of 16 elements, the other lanes 0. With n = kLanes a constant the choice is free.
 template <class T> FASTRES_HD auto load(const T* p, int64_t n) {
   if (n == kLanes) return Stored<T>::load(p);
   T part[kLanes] = {};

@@ -1,6 +1,6 @@
-// residual_add on the CPU: one pass over memory. A row is cut into segments, the unit of work of a thread, and a segment
-// into chunks, the unit of float32 summation. Segment sums are float64 and joined in order, so that the result does not
-// depend on the number of threads.
+// residual_add on the CPU: one pass over memory. A row is cut into segments, the unit of work of a
+// thread, and a segment into chunks, the unit of float32 summation. Segment sums are float64 and
+// joined in order, so that the result does not depend on the number of threads.
 #include "cpu.h"
 
 #include "../common/tile.h"
@@ -13,8 +13,9 @@ using namespace fastres::FASTRES_ISA;
 // 2048: a float32 lane then adds 64 products, and its rounding stays below 1e-6 of the sum.
 constexpr int64_t kChunk = 2048;
 
-// Adds up tile(c, n, partial) over the tiles of [0, size); partial is one of two accumulators, because a single chain
-// of additions would be bound by their latency. `fold` takes both at the end of a chunk.
+// Adds up tile(c, n, partial) over the tiles of [0, size); partial is one of two accumulators,
+// because a single chain of additions would be bound by their latency. `fold` takes both at the end
+// of a chunk.
 template <class Partial, class OneTile, class Fold>
 FASTRES_HD void for_each_tile(int64_t size, const OneTile& tile, const Fold& fold) {
   for (int64_t begin = 0; begin < size; begin += kChunk) {
@@ -34,7 +35,7 @@ FASTRES_HD void for_each_tile(int64_t size, const OneTile& tile, const Fold& fol
   }
 }
 
-// One segment of a row: where it begins in a [rows, cols] tensor and in the mask, and how long it is.
+// One segment of a row: where it begins in a [rows, cols] tensor and in the mask, and its length.
 struct Segment {
   int64_t row, at, mask_at, size;
   Segment(int64_t row, int64_t c, int64_t cols)
@@ -44,7 +45,9 @@ struct Segment {
         size(kSegment < cols - c ? kSegment : cols - c) {}
 };
 
-template <class T> const T* offset(const void* p, int64_t at) { return p ? static_cast<const T*>(p) + at : nullptr; }
+template <class T> const T* offset(const void* p, int64_t at) {
+  return p ? static_cast<const T*>(p) + at : nullptr;
+}
 template <class T> T* offset(void* p, int64_t at) { return p ? static_cast<T*>(p) + at : nullptr; }
 
 template <class A, class Any> A gate_of(const Any& a, int64_t row) {
@@ -63,7 +66,8 @@ Sums<double> forward_segment(const Args& a, const Segment& s) {
   for_each_tile<Sums<Tile>>(
       s.size,
       [&](int64_t c, int64_t n, Sums<Tile>& sums) __attribute__((always_inline)) {
-        const Tile skip = load(x + c, n), branch = load(f + c, n), p = kGated ? gate * branch : branch;
+        const Tile skip = load(x + c, n), branch = load(f + c, n),
+                   p = kGated ? gate * branch : branch;
         sums.add(skip, p);
         Tile sum = skip + p;
         if constexpr (kRelu) {
@@ -100,7 +104,8 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
   T *gx = offset<T>(a.gx, s.at), *gf = offset<T>(a.gf, s.at);
   const uint8_t* mask = offset<uint8_t>(a.mask, s.mask_at);
   const A gate = gate_of<A>(a, s.row), *gs = static_cast<const A*>(a.gs) + s.row;
-  const SumGrads<A> sums = a.gs ? SumGrads<A>{gs[0], gs[a.rows], gs[2 * a.rows]} : SumGrads<A>{0, 0, 0};
+  const SumGrads<A> sums =
+      a.gs ? SumGrads<A>{gs[0], gs[a.rows], gs[2 * a.rows]} : SumGrads<A>{0, 0, 0};
   const bool wants_gate = a.ggate;
   double total = 0;
   for_each_tile<Tile>(
@@ -122,13 +127,15 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
         if (gx) store(gx + c, g, n);
         if (gf) store(gf + c, gate * gp, n);
       },
-      [&](const Tile& even, const Tile& odd) __attribute__((always_inline)) { total += (even + odd).sum(); });
+      [&](const Tile& even, const Tile& odd)
+          __attribute__((always_inline)) { total += (even + odd).sum(); });
   return total;
 }
 
 // Does the tasks, each sum to its partial or, with one segment a row, to keep(row, sum).
 template <class Any, class Sum, class OneSegment, class Keep>
-void do_tasks(const Any& a, Sum* partial, int64_t begin, int64_t end, const OneSegment& segment, const Keep& keep) {
+void do_tasks(const Any& a, Sum* partial, int64_t begin, int64_t end, const OneSegment& segment,
+              const Keep& keep) {
   const int64_t segments = segments_of(a.cols);
   int64_t row = begin / segments, c = begin % segments * kSegment;
   for (int64_t task = begin; task < end; ++task) {
@@ -149,7 +156,9 @@ void forward(const Args& a, Sums<double>* partial, int64_t begin, int64_t end) {
   visit_stored(a.dtype, [&](auto t) {
     using T = decltype(t);
     do_tasks(a, partial, begin, end, pick_forward<T>(a),
-             [&](int64_t row, const Sums<double>& sums) { store_sums<typename Stored<T>::A>(a, row, sums); });
+             [&](int64_t row, const Sums<double>& sums) {
+               store_sums<typename Stored<T>::A>(a, row, sums);
+             });
   });
 }
 
@@ -171,7 +180,8 @@ void backward(const BackwardArgs& a, double* partial, int64_t begin, int64_t end
   visit_stored(a.dtype, [&](auto t) {
     using T = decltype(t);
     do_tasks(a, partial, begin, end, backward_segment<T>, [&](int64_t row, double sum) {
-      if (a.ggate) static_cast<typename Stored<T>::A*>(a.ggate)[row] = static_cast<typename Stored<T>::A>(sum);
+      if (a.ggate)
+        static_cast<typename Stored<T>::A*>(a.ggate)[row] = static_cast<typename Stored<T>::A>(sum);
     });
   });
 }

@@ -27,14 +27,17 @@ template <class Body> void for_tasks(int64_t rows, int64_t cols, const Body& bod
 void launch(const Args& a) {
   std::vector<Sums<double>> partial(segments_of(a.cols) > 1 ? a.rows * segments_of(a.cols) : 0);
   Sums<double>* const to = partial.empty() ? nullptr : partial.data();
-  for_tasks(a.rows, a.cols, [&](int64_t begin, int64_t end) { forward_for_this_cpu()(a, to, begin, end); });
+  for_tasks(a.rows, a.cols,
+            [&](int64_t begin, int64_t end) { forward_for_this_cpu()(a, to, begin, end); });
   if (to) join_forward_for_this_cpu()(a, to);
 }
 
 void launch(const BackwardArgs& a) {
-  std::vector<double> partial(a.ggate && segments_of(a.cols) > 1 ? a.rows * segments_of(a.cols) : 0);
+  std::vector<double> partial(a.ggate && segments_of(a.cols) > 1 ? a.rows * segments_of(a.cols)
+                                                                 : 0);
   double* const to = partial.empty() ? nullptr : partial.data();
-  for_tasks(a.rows, a.cols, [&](int64_t begin, int64_t end) { backward_for_this_cpu()(a, to, begin, end); });
+  for_tasks(a.rows, a.cols,
+            [&](int64_t begin, int64_t end) { backward_for_this_cpu()(a, to, begin, end); });
   if (to) join_backward_for_this_cpu()(a, to);
 }
 
@@ -57,7 +60,8 @@ void check_inputs(const Tensor& x, const Tensor& f) {
 // The gate is [rows], its elements stored once each or all in one place.
 int64_t gate_stride(const OptionalTensor& gate, const Tensor& x) {
   if (!gate) return 0;
-  STD_TORCH_CHECK(gate->dim() == 1 && gate->size(0) == x.size(0), kName, ": gate must be [", x.size(0), "]");
+  STD_TORCH_CHECK(gate->dim() == 1 && gate->size(0) == x.size(0), kName, ": gate must be [",
+                  x.size(0), "]");
   STD_TORCH_CHECK(gate->scalar_type() == accumulate_type(dtype_of(kName, "x", x)), kName,
                   ": gate must have the accumulate type of x");
   STD_TORCH_CHECK(gate->device() == x.device(), kName, ": gate must be on the device of x");
@@ -67,18 +71,20 @@ int64_t gate_stride(const OptionalTensor& gate, const Tensor& x) {
 }
 
 // y <- act(x + gate * f), and the sums; mask may be empty. All of one layout.
-Tensor add_into(const Tensor& y, const Tensor& x, const Tensor& f, const OptionalTensor& gate, bool relu,
-                const Tensor* mask) {
+Tensor add_into(const Tensor& y, const Tensor& x, const Tensor& f, const OptionalTensor& gate,
+                bool relu, const Tensor* mask) {
   const Dtype dtype = dtype_of(kName, "x", x);
   Tensor sums = uninitialized(x, {3, x.size(0)}, accumulate_type(dtype));
   launch(Args{x.const_data_ptr(), f.const_data_ptr(), data_or_null(gate), y.mutable_data_ptr(),
-              sums.mutable_data_ptr(), mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr,
+              sums.mutable_data_ptr(),
+              mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr,
               gate_stride(gate, x), x.size(0), cols_of(x), dtype, relu},
          x);
   return sums;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& f, const OptionalTensor& gate, bool relu) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& f, const OptionalTensor& gate,
+                                   bool relu) {
   check_inputs(x, f);
   const Tensor like = layout_of(x, f);
   Tensor y = uninitialized_like(like);
@@ -86,7 +92,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& f, const Optio
 }
 
 // With the ReLU, and the mask that its backward needs.
-std::tuple<Tensor, Tensor, Tensor> forward_masked(const Tensor& x, const Tensor& f, const OptionalTensor& gate) {
+std::tuple<Tensor, Tensor, Tensor> forward_masked(const Tensor& x, const Tensor& f,
+                                                  const OptionalTensor& gate) {
   check_inputs(x, f);
   const Tensor like = layout_of(x, f);
   Tensor y = uninitialized_like(like);
@@ -103,13 +110,16 @@ Tensor forward_into(const Tensor& x, const Tensor& f, Tensor y) {
   return add_into(y, x, f, std::nullopt, false, nullptr);
 }
 
-// gx and gf are empty where they equal gy and gx. gy has the layout of y, in whose memory order the mask is.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask, const OptionalTensor& gate,
-                                            const OptionalTensor& x, const OptionalTensor& f, const OptionalTensor& gs,
+// gx and gf are empty where they equal gy and gx. gy has the layout of y, in whose memory order the
+// mask is.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask,
+                                            const OptionalTensor& gate, const OptionalTensor& x,
+                                            const OptionalTensor& f, const OptionalTensor& gs,
                                             bool gate_grad) {
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(has_dense_samples(gy), kName, ": gy must have dense samples");
-  STD_TORCH_CHECK(f || !(gs || gate_grad), kName, ": f must be given for the gradients of sums and gate");
+  STD_TORCH_CHECK(f || !(gs || gate_grad), kName,
+                  ": f must be given for the gradients of sums and gate");
   STD_TORCH_CHECK(x || !gs, kName, ": x must be given for the gradients of sums");
   const OptionalTensor skip = in_layout(x, gy), branch = in_layout(f, gy);
   const OptionalTensor sums = gs ? OptionalTensor(torch::stable::contiguous(*gs)) : gs;
@@ -118,26 +128,38 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTens
   };
   Tensor gx = output(mask || gs), gf = output(gate || gs);
   Tensor ggate = uninitialized(gy, {gate_grad ? gy.size(0) : 0}, accumulate_type(dtype));
-  launch(BackwardArgs{gy.const_data_ptr(), data_or_null(skip), data_or_null(branch), data_or_null(gate),
-                      data_or_null(sums), static_cast<const uint8_t*>(data_or_null(mask)),
-                      mask || gs ? gx.mutable_data_ptr() : nullptr, gate || gs ? gf.mutable_data_ptr() : nullptr,
-                      gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy), gy.size(0), cols_of(gy),
-                      dtype},
+  launch(BackwardArgs{gy.const_data_ptr(), data_or_null(skip), data_or_null(branch),
+                      data_or_null(gate), data_or_null(sums),
+                      static_cast<const uint8_t*>(data_or_null(mask)),
+                      mask || gs ? gx.mutable_data_ptr() : nullptr,
+                      gate || gs ? gf.mutable_data_ptr() : nullptr,
+                      gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy),
+                      gy.size(0), cols_of(gy), dtype},
          gy);
   return {gx, gf, ggate};
 }
 
 #if !defined(FASTRES_CUDA)
 // y, sums = residual_add(x, f, gate=None, relu=False) on C-contiguous arrays [B, ...].
-py::tuple on_arrays(const py::array& x, const py::array& f, const std::optional<py::array>& gate, bool relu) {
+py::tuple on_arrays(const py::array& x, const py::array& f, const std::optional<py::array>& gate,
+                    bool relu) {
   const Dtype dtype = numpy::check_array(kName, "x", x);
   numpy::check_like(kName, "f", f, x);
   const int64_t rows = x.shape(0), cols = rows ? x.size() / rows : 0;
   const py::dtype sum_type = numpy::accumulate_type(dtype);
   if (gate) numpy::check_vector(kName, "gate", *gate, rows, sum_type);
   py::array y = numpy::empty_like(x), sums(sum_type, std::vector<py::ssize_t>{3, rows});
-  const Args args{x.data(), f.data(), gate ? gate->data() : nullptr, y.mutable_data(), sums.mutable_data(), nullptr,
-                  gate ? 1 : 0, rows, cols, dtype, relu};
+  const Args args{x.data(),
+                  f.data(),
+                  gate ? gate->data() : nullptr,
+                  y.mutable_data(),
+                  sums.mutable_data(),
+                  nullptr,
+                  gate ? 1 : 0,
+                  rows,
+                  cols,
+                  dtype,
+                  relu};
   {
     const py::gil_scoped_release released;
     launch(args);
@@ -146,8 +168,10 @@ py::tuple on_arrays(const py::array& x, const py::array& f, const std::optional<
 }
 
 const numpy::Entry entry([](py::module_& m) {
-  m.def(kName, &on_arrays, py::arg("x"), py::arg("f"), py::arg("gate") = py::none(), py::arg("relu") = false,
-        "y, sums = residual_add(x, f): x + gate * f, and [3, B] sums of x*x, p*p, x*p with p = gate * f");
+  m.def(kName, &on_arrays, py::arg("x"), py::arg("f"), py::arg("gate") = py::none(),
+        py::arg("relu") = false,
+        "y, sums = residual_add(x, f): x + gate * f, and [3, B] sums of x*x, p*p, x*p "
+        "with p = gate * f");
 });
 #endif
 
@@ -162,7 +186,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def("_residual_add_masked(Tensor x, Tensor f, Tensor? gate) -> (Tensor, Tensor, Tensor)");
   m.def("_residual_add_(Tensor x, Tensor f, Tensor(a!) y) -> Tensor");
   m.def(
-      "_residual_add_backward(Tensor gy, Tensor? mask, Tensor? gate, Tensor? x, Tensor? f, Tensor? gs, bool gate_grad)"
+      "_residual_add_backward(Tensor gy, Tensor? mask, Tensor? gate, Tensor? x, Tensor? f, "
+      "Tensor? gs, bool gate_grad)"
       " -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {

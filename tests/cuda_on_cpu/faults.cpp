@@ -8,10 +8,8 @@ using fastres::gpu::launch;
 __global__ void misaligned_kernel(const float* in) { fastres::gpu::load16(in + 1); }
 
 __global__ void divergent_barrier_kernel() {
-  if (threadIdx.x % 2)
-    __syncthreads();
-  else
-    __syncthreads();
+  if (threadIdx.x % 2) __syncthreads();
+  else __syncthreads();
 }
 
 __global__ void barrier_left_out_kernel() {
