@@ -5,8 +5,7 @@ ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 CONFIG := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),$(wildcard $(ENV)/pyvenv.cfg),$(ENV)/pyvenv.cfg)
 PYTHON := $(ENV)/bin/python
 PARTS ?=
-# Installed only where no torch of 2.11 or later is; a CPU-only one is smaller:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# pip's arguments, used only where no torch of 2.11 or later is.
 TORCH ?= torch==2.13.0
 FASTRES_BUILD ?= require
 export FASTRES_BUILD

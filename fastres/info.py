@@ -117,7 +117,7 @@ def _cuda() -> Library:
         archs = native.C.build_info()["cuda_archs"].split()
         return _present({"built for": " ".join(f"sm_{arch}" for arch in archs)})
     if torch.version.cuda is None:
-        install = "install a torch with CUDA (https://pytorch.org/get-started)"
+        install = "install a torch with CUDA"
         reason = f"torch {torch.__version__} has no CUDA"
         return _absent("_C_cuda", "FASTRES_CUDA=1", reason, install)
     if not _nvcc():
