@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
+
+
+DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -37,7 +41,10 @@ def empty_like_first_dense(*tensors: Tensor) -> Tensor:
 
 def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return t itself where it has these strides, else a copy that has them."""
-    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+    layout = zip(t.shape, t.stride(), strides, strict=True)
+    if all(size == 1 or have == want for size, have, want in layout):
+        return t
+    return t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -46,12 +53,12 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Unpack one bit per element to 0 and 1 in the shape and dtype of `like`, [B, ...].
+    """Unpack one bit per element to a boolean tensor in the shape of `like`, [B, ...].
 
     Args:
         bits: [B, ceil(N / 8)] uint8; bit c % 8 of byte c / 8 is element c of a sample, counted in
             the memory order that `strides` give.
-        like: Gives shape [B, ...] with N features, and dtype.
+        like: Gives the shape [B, ...] with N features.
         strides: Of the tensor whose elements the bits are.
     """
     dims = range(like.dim())
@@ -59,4 +66,4 @@ def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...]) -> Tensor:
     shape = [like.size(d) for d in order]
     each = (bits[:, :, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1
     rows = each.flatten(1)[:, : math.prod(like.shape[1:])]
-    return rows.reshape(shape).permute(sorted(dims, key=order.__getitem__)).to(like.dtype)
+    return rows.reshape(shape).permute(sorted(dims, key=order.__getitem__)).bool()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,9 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
-from fastres.ops.layout import accumulate, per_sample
+from fastres.ops.layout import DTYPES, accumulate, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
-
-_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def residual_add(
@@ -61,9 +60,9 @@ def residual_add(
             y, sums = FORWARD(x, f, None, relu)
             return y, Stats(sums)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-        _check(x, f, gate)  # names what the kernel refused
+        _check(x, f, gate, relu)  # names what the kernel refused
         raise
-    _check(x, f, gate)
+    _check(x, f, gate, relu)
     if not native.runs_on(x):
         return reference(x, f, gate, relu, differentiable_stats=differentiable_stats)
     dtype = torch.promote_types(x.dtype, f.dtype)
@@ -113,16 +112,10 @@ def _is_plain(x: Tensor, f: Tensor) -> bool:
     )
 
 
-def _check(x: Tensor, f: Tensor, gate: float | Tensor | None) -> None:
+def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> None:
     """Raise the error that names the argument, the rule and the value, if there is one."""
-    for name, value in (("x", x), ("f", f)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"residual_add: {name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in _DTYPES:
-            raise TypeError(
-                "residual_add: "
-                f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
-            )
+    _check_tensor("x", x)
+    _check_tensor("f", f)
     if x.dim() < 2:
         raise ValueError(f"residual_add: x must have 2 or more dimensions, got {x.dim()}")
     if f.shape != x.shape:
@@ -130,13 +123,27 @@ def _check(x: Tensor, f: Tensor, gate: float | Tensor | None) -> None:
     if f.device != x.device:
         raise TypeError(f"residual_add: f must be on {x.device}, got {f.device}")
     if isinstance(gate, Tensor):
-        if gate.dtype not in _DTYPES:
-            raise TypeError(f"residual_add: gate must be floating, got {gate.dtype}")
+        _check_tensor("gate", gate)
         if gate.dim() > 0 and gate.shape != x.shape[:1]:
             raise ValueError(
                 f"residual_add: gate must have shape [] or [{x.size(0)}], got {[*gate.shape]}"
             )
-        if gate.dim() > 0 and gate.device != x.device:
+        if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
             raise TypeError(f"residual_add: gate must be on {x.device}, got {gate.device}")
-    elif gate is not None and not isinstance(gate, (int, float)):
+    elif gate is not None and not isinstance(gate, Real):
         raise TypeError(f"residual_add: gate must be a number or tensor, got {type(gate).__name__}")
+    if not isinstance(relu, bool):
+        raise TypeError(f"residual_add: relu must be a bool, got {type(relu).__name__}")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """Raise a TypeError unless this is a dense tensor of a dtype that the kernels take."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"residual_add: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"residual_add: {name} must be a dense tensor, got {kind}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"residual_add: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
+        )

@@ -23,7 +23,7 @@ BACKWARD: Final = native.raw("_residual_add_backward")
 
 
 def _keep(ctx: Any, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the ReLU's mask as 0 and 1 in the shape of `like`."""
+    """Return where the ReLU lets values through, in the shape of `like`; None: everywhere."""
     return None if mask is None else unpack_bits(mask, like, ctx.strides)
 
 
@@ -48,9 +48,7 @@ class CompiledResidualAdd(torch.autograd.Function):
         x, f, gate, ctx.relu, ctx.differentiable_stats, ctx.gate_grad = inputs
         y, sums, mask = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mask)
-        if not ctx.differentiable_stats:
-            ctx.mark_non_differentiable(sums)
+        ctx.mark_non_differentiable(*([mask] if ctx.differentiable_stats else [mask, sums]))
         ctx.strides = y.stride()
         ctx.save_for_backward(
             mask if ctx.relu else None,
@@ -95,20 +93,25 @@ class EagerResidualAdd(CompiledResidualAdd):
     ) -> tuple[Tensor, Tensor | None, None]:
         """Return the tangents of y and sums."""
         mask, gate, x, f = ctx.saved_tensors
-        tx = torch.zeros_like(x) if tx is None else tx
-        tp = torch.zeros_like(f) if tf is None else tf
+        dtype, wide = x.dtype, accumulate(x.dtype)
+        x, f = x.to(wide), f.to(wide)
+        tx = torch.zeros_like(x) if tx is None else tx.to(wide)
+        tp = torch.zeros_like(f) if tf is None else tf.to(wide)
         if gate is not None:
             tp = tp * per_sample(gate, x)
         if tgate is not None:
             tp = tp + f * per_sample(tgate, x)
-        ty = (tx + tp).to(x.dtype)
-        keep = _keep(ctx, mask, x)
-        ty = ty if keep is None else ty * keep
+        ty = _through(_keep(ctx, mask, x), tx + tp).to(dtype)
         if not ctx.differentiable_stats:
             return ty, None, None
         p = f if gate is None else f * per_sample(gate, x)
         x, tx, p, tp = (t.flatten(1) for t in (x, tx, p, tp))
         return ty, torch.stack([2 * (x * tx), 2 * (p * tp), x * tp + p * tx]).sum(2), None
+
+
+def _through(keep: Tensor | None, g: Tensor) -> Tensor:
+    """Return g where the ReLU lets it through, 0 elsewhere, be it infinite there."""
+    return g if keep is None else torch.where(keep, g, 0.0)
 
 
 def _composed_backward(
@@ -121,19 +124,17 @@ def _composed_backward(
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the backward pass in plain PyTorch, so that it can be differentiated again."""
-    gx = gp = gy if keep is None else gy * keep
+    dtype, wide = gy.dtype, accumulate(gy.dtype)
+    gx = gp = _through(keep, gy.to(wide))
     scale = None if gate is None else per_sample(gate, gy)
-    if gs is not None and x is not None and f is not None:
-        p = f if scale is None else f * scale
-        skip, branch, dot = (per_sample(g, gy) for g in gs)
-        gx, gp = gx + 2 * x * skip + p * dot, gp + 2 * p * branch + x * dot
+    branch = None if f is None else f.to(wide)
+    if gs is not None and x is not None and branch is not None:
+        skip, p = x.to(wide), branch if scale is None else branch * scale
+        of_skip, of_branch, of_dot = (per_sample(g, gy) for g in gs)
+        gx, gp = gx + 2 * skip * of_skip + p * of_dot, gp + 2 * p * of_branch + skip * of_dot
     gf = gp if scale is None else gp * scale
-    ggate = (gp * f).flatten(1).sum(1) if gate_grad and f is not None else None
-    return (
-        gx.to(gy.dtype),
-        gf.to(gy.dtype),
-        None if ggate is None or gate is None else ggate.to(gate.dtype),
-    )
+    ggate = (gp * branch).flatten(1).sum(1) if gate_grad and branch is not None else None
+    return gx.to(dtype), gf.to(dtype), ggate
 
 
 def _outputs(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,16 +177,16 @@ def _batched(
     """Fold the dimension of vmap into the samples; the masked operator has no `relu`."""
     count = info.batch_size
 
-    def fold(t: Tensor, dim: int | None) -> Tensor:
-        t = t.movedim(dim, 0) if dim is not None else t.expand(count, *t.shape)
-        return t.flatten(0, 1)
+    def batch_first(t: Tensor, dim: int | None) -> Tensor:
+        return t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
 
-    x, f = fold(x, in_dims[0]), fold(f, in_dims[1])
-    gate = None if gate is None else fold(gate, in_dims[2])
-    y, sums, *mask = (FORWARD if relu else FORWARD_MASKED)(x, f, gate, *relu)
-    split = [t.unflatten(0, (count, x.size(0) // count)) for t in (y, *mask)]
-    sums = sums.unflatten(1, (count, x.size(0) // count))
-    return (split[0], sums, *split[1:]), (0, 1, *[0] * len(mask))
+    x, f = batch_first(x, in_dims[0]), batch_first(f, in_dims[1])
+    gate = None if gate is None else batch_first(gate, in_dims[2]).flatten()
+    each = (count, x.size(1))
+    run = FORWARD if relu else FORWARD_MASKED
+    y, sums, *mask = run(x.flatten(0, 1), f.flatten(0, 1), gate, *relu)
+    split = [t.unflatten(0, each) for t in (y, *mask)]
+    return (split[0], sums.unflatten(1, each), *split[1:]), (0, 1, *[0] * len(mask))
 
 
 if native.C is not None:
