@@ -31,6 +31,7 @@ def samples():
     yield Sample("plain", tuple(small))
     yield Sample("number", (*small, 0.7))
     yield Sample("per sample", (*small, gate))
+    yield Sample("gates that lie apart", (*small, torch.stack([gate, gate], 1)[:, 1], True))
     yield Sample("one gate for all", (*small, torch.tensor(-0.3)))
     yield Sample("relu", (*small, None, True))
     yield Sample("relu and gate", (*small, gate, True))
@@ -147,6 +148,45 @@ def test_the_relu_keeps_one_bit_per_element(device):
     assert sum(t.nbytes for t in saved) == 4 * 64 // 8
 
 
+def test_an_infinite_cotangent_does_not_pass_a_closed_relu(device):
+    x = torch.tensor([[-1.0, 2.0]], device=device, requires_grad=True)
+    f = torch.zeros_like(x)
+    g = torch.tensor([[math.inf, 1.0]], device=device)
+    for twice in (False, True):
+        y, _ = residual_add(x, f, relu=True)
+        (gx,) = torch.autograd.grad(y, x, g, create_graph=twice)
+        assert gx.tolist() == [[0.0, 1.0]]
+    _, tangent = torch.func.jvp(lambda x: residual_add(x, f, relu=True)[0], (x.detach(),), (g,))
+    assert tangent.tolist() == [[0.0, 1.0]]
+
+
+def test_float16_derivatives_are_summed_in_float32(device):
+    x, f = (torch.full((1, 4), 300.0, dtype=torch.float16, device=device) for _ in range(2))
+    gate = torch.ones(1, device=device, requires_grad=True)
+    for twice in (False, True):
+        y, _ = residual_add(x, f, gate)
+        (ggate,) = torch.autograd.grad(y, gate, torch.full_like(y, 300.0), create_graph=twice)
+        assert ggate.tolist() == [360000.0]
+    _, tangent = torch.func.jvp(
+        lambda x: residual_add(x, f, differentiable_stats=True)[1].sums, (x,), (x,)
+    )
+    assert tangent.dtype == torch.float32
+    assert tangent[0].tolist() == [720000.0]
+
+
+def test_saved_tensors_that_come_back_changed_are_refused(device):
+    x, f = (t.requires_grad_() for t in pair(4, 6, device=device))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t[:, :0], lambda t: t):
+        y, _ = residual_add(x, f, relu=True)
+    with pytest.raises(RuntimeError, match="mask must have the shape"):
+        y.sum().backward()
+
+
+def test_vmap_over_nothing_gives_nothing(device):
+    x = torch.randn(0, 2, 3, device=device)
+    assert torch.func.vmap(lambda a: residual_add(a, a)[0])(x).shape == (0, 2, 3)
+
+
 def test_stats_carry_no_gradient_unless_asked(device):
     x, f = (t.requires_grad_() for t in pair(4, 8, device=device))
     assert not residual_add(x, f)[1].sums.requires_grad
@@ -241,6 +281,8 @@ def test_more_than_2_to_the_31_elements(device):
             ValueError,
             "gate must have shape [] or [2], got [3]",
         ),
+        ((torch.ones(2, 3).to_sparse(), torch.ones(2, 3)), TypeError, "x must be a dense tensor"),
+        ((torch.ones(2, 3), torch.ones(2, 3), None, "yes"), TypeError, "relu must be a bool, got"),
         ((torch.ones(2, 3), torch.ones(2, 3), torch.ones(2).long()), TypeError, "gate must be"),
         ((torch.ones(2, 3), torch.ones(2, 3), "half"), TypeError, "gate must be a number or"),
         ((torch.ones(2, 3), torch.ones(2, 3, device="meta")), TypeError, "f must be on cpu, got"),
@@ -251,7 +293,7 @@ def test_bad_input_names_the_argument_the_rule_and_the_value(args, error, messag
         residual_add(*args)
     assert str(raised.value).startswith(f"residual_add: {message}")
     on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-    if "must be on" not in message:
+    if "must be on" not in message and "dense" not in message:
         with pytest.raises(error) as raised_on_meta:
             residual_add(*on_meta)
         assert str(raised_on_meta.value) == str(raised.value)
@@ -300,6 +342,22 @@ def test_numpy_arrays_go_through_the_same_kernel(dtype):
 def test_numpy_arrays_of_the_wrong_kind_are_an_error(x, f, error, message):
     with pytest.raises(error, match=message):
         native.C.residual_add(x, f)
+
+
+@needs_library
+def test_what_is_no_array_is_named():
+    with pytest.raises(
+        TypeError, match="residual_add: x must be a NumPy array, got <class 'list'>"
+    ):
+        native.C.residual_add([[1.0]], [[1.0]])
+    gate = np.ones((2, 2), "f4")[:, 0]
+    with pytest.raises(ValueError, match="residual_add: gate must be C-contiguous"):
+        native.C.residual_add(np.ones((2, 3), "f4"), np.ones((2, 3), "f4"), gate)
+
+
+def test_numbers_of_numpy_are_gates():
+    x, f = pair(2, 3)
+    assert torch.equal(residual_add(x, f, np.float32(0.5))[0], residual_add(x, f, 0.5)[0])
 
 
 @needs_library

@@ -30,6 +30,12 @@ inline std::string message(const char* op, const char* argument, const std::stri
   return std::string(op) + ": " + argument + " must " + rule + ", got " + std::string(py::str(got));
 }
 
+inline py::array as_array(const char* op, const char* argument, const py::object& given) {
+  if (!py::isinstance<py::array>(given))
+    throw py::type_error(message(op, argument, "be a NumPy array", py::type::of(given)));
+  return py::reinterpret_borrow<py::array>(given);
+}
+
 // The array is float64, float32 or float16, C-contiguous, of 2 or more dimensions.
 inline Dtype check_array(const char* op, const char* argument, const py::array& a) {
   const char kind = a.dtype().kind();
@@ -63,9 +69,11 @@ inline void check_vector(const char* op, const char* argument, const py::array& 
   if (!a.dtype().equal(type))
     throw py::type_error(
         message(op, argument, "have dtype " + std::string(py::str(type)), a.dtype()));
-  if (a.ndim() != 1 || a.shape(0) != size || !(a.flags() & py::array::c_style))
-    throw py::value_error(message(
-        op, argument, "be contiguous of shape (" + std::to_string(size) + ",)", a.attr("shape")));
+  if (a.ndim() != 1 || a.shape(0) != size)
+    throw py::value_error(
+        message(op, argument, "have shape (" + std::to_string(size) + ",)", a.attr("shape")));
+  if (!(a.flags() & py::array::c_style))
+    throw py::value_error(message(op, argument, "be C-contiguous", a.attr("strides")));
 }
 
 inline py::array empty_like(const py::array& a) {

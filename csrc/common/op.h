@@ -38,6 +38,15 @@ inline ScalarType accumulate_type(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// t must have these sizes, this dtype and the device of `like`.
+inline void check_small(const char* op, const char* argument, const Tensor& t,
+                        std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  bool same = t.scalar_type() == type && t.device() == like.device() &&
+              t.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
+  STD_TORCH_CHECK(same, op, ": ", argument, " must have the shape, dtype and device of its use");
+}
+
 inline void check_like(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
   bool same =
       t.scalar_type() == like.scalar_type() && t.device() == like.device() && t.dim() == like.dim();
@@ -95,10 +104,13 @@ inline Tensor uninitialized_like(const Tensor& like) {
                        like.scalar_type());
 }
 
-// The tensor whose layout a result takes: the first with dense samples, else a contiguous copy of
-// the first.
-inline Tensor layout_of(const Tensor& a, const Tensor& b) {
-  return has_dense_samples(a) ? a : has_dense_samples(b) ? b : torch::stable::contiguous(a);
+// An uninitialised result of a and b: in the layout of the first with dense samples, else contiguous.
+inline Tensor uninitialized_like(const Tensor& a, const Tensor& b) {
+  if (has_dense_samples(a)) return uninitialized_like(a);
+  if (has_dense_samples(b)) return uninitialized_like(b);
+  std::vector<int64_t> stride(a.dim(), 1);
+  for (int64_t d = a.dim(); d-- > 1;) stride[d - 1] = stride[d] * a.size(d);
+  return empty_strided(a, a.sizes().data(), stride.data(), a.dim(), a.scalar_type());
 }
 
 // t itself where it has the layout of `like`, else a copy that has it.
@@ -109,6 +121,10 @@ inline Tensor in_layout(const Tensor& t, const Tensor& like) {
 }
 inline OptionalTensor in_layout(const OptionalTensor& t, const Tensor& like) {
   return t ? OptionalTensor(in_layout(*t, like)) : t;
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
 }
 
 inline const void* data_or_null(const OptionalTensor& t) {

@@ -16,7 +16,7 @@ struct Args {
   void* y;              // [rows, cols]; may be x or f
   void* sums;           // [3, rows], accumulate type
   uint8_t* mask;        // [rows, ceil(cols / 8)], bit c % 8 of byte c / 8; null: not wanted
-  int64_t gate_stride;  // 0 or 1
+  int64_t gate_stride;  // 0: one for all rows
   int64_t rows, cols;
   Dtype dtype;  // of x, f, y; the accumulate type is float64 for float64, else float32
   bool relu;

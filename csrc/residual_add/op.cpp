@@ -57,17 +57,10 @@ void check_inputs(const Tensor& x, const Tensor& f) {
   check_like(kName, "f", f, x);
 }
 
-// The gate is [rows], its elements stored once each or all in one place.
 int64_t gate_stride(const OptionalTensor& gate, const Tensor& x) {
   if (!gate) return 0;
-  STD_TORCH_CHECK(gate->dim() == 1 && gate->size(0) == x.size(0), kName, ": gate must be [",
-                  x.size(0), "]");
-  STD_TORCH_CHECK(gate->scalar_type() == accumulate_type(dtype_of(kName, "x", x)), kName,
-                  ": gate must have the accumulate type of x");
-  STD_TORCH_CHECK(gate->device() == x.device(), kName, ": gate must be on the device of x");
-  STD_TORCH_CHECK(gate->size(0) < 2 || gate->stride(0) == 0 || gate->stride(0) == 1, kName,
-                  ": gate must have stride 0 or 1, got ", gate->stride(0));
-  return gate->size(0) < 2 ? 0 : gate->stride(0);
+  check_small(kName, "gate", *gate, {x.size(0)}, accumulate_type(dtype_of(kName, "x", x)), x);
+  return gate->stride(0);
 }
 
 // y <- act(x + gate * f), and the sums; mask may be empty. All of one layout.
@@ -86,19 +79,17 @@ Tensor add_into(const Tensor& y, const Tensor& x, const Tensor& f, const Optiona
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& f, const OptionalTensor& gate,
                                    bool relu) {
   check_inputs(x, f);
-  const Tensor like = layout_of(x, f);
-  Tensor y = uninitialized_like(like);
-  return {y, add_into(y, in_layout(x, like), in_layout(f, like), gate, relu, nullptr)};
+  Tensor y = uninitialized_like(x, f);
+  return {y, add_into(y, in_layout(x, y), in_layout(f, y), gate, relu, nullptr)};
 }
 
 // With the ReLU, and the mask that its backward needs.
 std::tuple<Tensor, Tensor, Tensor> forward_masked(const Tensor& x, const Tensor& f,
                                                   const OptionalTensor& gate) {
   check_inputs(x, f);
-  const Tensor like = layout_of(x, f);
-  Tensor y = uninitialized_like(like);
+  Tensor y = uninitialized_like(x, f);
   Tensor mask = uninitialized(x, {x.size(0), ceil_div(cols_of(x), 8)}, ScalarType::Byte);
-  Tensor sums = add_into(y, in_layout(x, like), in_layout(f, like), gate, true, &mask);
+  Tensor sums = add_into(y, in_layout(x, y), in_layout(f, y), gate, true, &mask);
   return {y, sums, mask};
 }
 
@@ -121,8 +112,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTens
   STD_TORCH_CHECK(f || !(gs || gate_grad), kName,
                   ": f must be given for the gradients of sums and gate");
   STD_TORCH_CHECK(x || !gs, kName, ": x must be given for the gradients of sums");
+  if (x) check_like(kName, "x", *x, gy);
+  if (f) check_like(kName, "f", *f, gy);
+  if (mask)
+    check_small(kName, "mask", *mask, {gy.size(0), ceil_div(cols_of(gy), 8)}, ScalarType::Byte, gy);
+  if (gs) check_small(kName, "gs", *gs, {3, gy.size(0)}, accumulate_type(dtype), gy);
   const OptionalTensor skip = in_layout(x, gy), branch = in_layout(f, gy);
-  const OptionalTensor sums = gs ? OptionalTensor(torch::stable::contiguous(*gs)) : gs;
+  const OptionalTensor sums = contiguous(gs), bits = contiguous(mask);
   auto output = [&](bool wanted) {
     return wanted ? uninitialized_like(gy) : uninitialized(gy, {0}, gy.scalar_type());
   };
@@ -130,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTens
   Tensor ggate = uninitialized(gy, {gate_grad ? gy.size(0) : 0}, accumulate_type(dtype));
   launch(BackwardArgs{gy.const_data_ptr(), data_or_null(skip), data_or_null(branch),
                       data_or_null(gate), data_or_null(sums),
-                      static_cast<const uint8_t*>(data_or_null(mask)),
+                      static_cast<const uint8_t*>(data_or_null(bits)),
                       mask || gs ? gx.mutable_data_ptr() : nullptr,
                       gate || gs ? gf.mutable_data_ptr() : nullptr,
                       gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy),
@@ -141,13 +137,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTens
 
 #if !defined(FASTRES_CUDA)
 // y, sums = residual_add(x, f, gate=None, relu=False) on C-contiguous arrays [B, ...].
-py::tuple on_arrays(const py::array& x, const py::array& f, const std::optional<py::array>& gate,
-                    bool relu) {
+py::tuple on_arrays(const py::object& x_given, const py::object& f_given,
+                    const py::object& gate_given, bool relu) {
+  const py::array x = numpy::as_array(kName, "x", x_given),
+                  f = numpy::as_array(kName, "f", f_given);
   const Dtype dtype = numpy::check_array(kName, "x", x);
   numpy::check_like(kName, "f", f, x);
   const int64_t rows = x.shape(0), cols = rows ? x.size() / rows : 0;
   const py::dtype sum_type = numpy::accumulate_type(dtype);
-  if (gate) numpy::check_vector(kName, "gate", *gate, rows, sum_type);
+  std::optional<py::array> gate;
+  if (!gate_given.is_none()) {
+    gate = numpy::as_array(kName, "gate", gate_given);
+    numpy::check_vector(kName, "gate", *gate, rows, sum_type);
+  }
   py::array y = numpy::empty_like(x), sums(sum_type, std::vector<py::ssize_t>{3, rows});
   const Args args{x.data(),
                   f.data(),

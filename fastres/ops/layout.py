@@ -8,7 +8,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-
 DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 
 
