@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
-import pickle
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastres import unpickling
 
 Bytes = NDArray[np.uint8]
 
@@ -43,8 +44,9 @@ def read_idx(path: Path, dims: int) -> Bytes:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DataError: If the file breaks the format.
+        DataError: If it is no file, or breaks the format.
     """
+    _file_size(path)
     try:
         with path.open("rb") as file:
             if path.suffix != ".gz":
@@ -80,6 +82,14 @@ def _parse_idx(file: BinaryIO | gzip.GzipFile, path: Path, dims: int) -> Bytes:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
+def _file_size(path: Path) -> int:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe, which would be waited for
+        found = "a folder" if stat.S_ISDIR(status.st_mode) else "a special file"
+        raise DataError(path, "must be a file", found)
+    return status.st_size
+
+
 def read_cifar_binary(path: Path) -> tuple[Bytes, Bytes]:
     """Read one CIFAR-10 file of the binary version: 10,000 times a label and 3072 pixels.
 
@@ -88,9 +98,9 @@ def read_cifar_binary(path: Path) -> tuple[Bytes, Bytes]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DataError: If the file does not have the official size.
+        DataError: If it is no file, or not of the official size.
     """
-    size = path.stat().st_size
+    size = _file_size(path)
     official = _CIFAR_IMAGES * (1 + _CIFAR_PIXELS)
     if size != official:
         raise DataError(path, f"must have {official} bytes", size)
@@ -101,7 +111,7 @@ def read_cifar_binary(path: Path) -> tuple[Bytes, Bytes]:
 def read_cifar_pickle(path: Path) -> tuple[Bytes, Bytes]:
     """Read one CIFAR-10 file of the python version: a pickled dict of data and labels.
 
-    Nothing in the file is run: see `_ArrayUnpickler`.
+    Nothing in the file is run, and no state of it reaches NumPy: see `unpickling`.
 
     Returns:
         Images [10000, 3, 32, 32] and labels [10000], both uint8.
@@ -110,61 +120,35 @@ def read_cifar_pickle(path: Path) -> tuple[Bytes, Bytes]:
         FileNotFoundError: If there is no such file.
         DataError: If the file is not what the official ones are.
     """
-    size, limit = path.stat().st_size, 1 << 26  # official: 31 MB
+    size, limit = _file_size(path), 1 << 26  # official: 31 MB
     if size > limit:
         raise DataError(path, f"must have at most {limit} bytes", size)
+    content = path.read_bytes()
     try:
-        batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        batch = unpickling.load(content)
     except Exception as error:  # whatever a broken or hostile pickle provokes, it is a bad file
-        raise DataError(path, "must be a pickle of plain arrays", error) from None
+        found = str(error)[:200] or type(error).__name__
+        raise DataError(path, "must be a pickle of plain arrays", found) from None
     if not isinstance(batch, dict):
         raise DataError(path, "must hold a dict", type(batch).__name__)
     data = batch.get(b"data", batch.get("data"))
     labels = batch.get(b"labels", batch.get("labels"))
+    return _checked_images(data, path), _checked_labels(labels, path)
+
+
+def _checked_images(data: object, path: Path) -> Bytes:
     shape = (_CIFAR_IMAGES, _CIFAR_PIXELS)
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != shape:
-        found = getattr(data, "shape", type(data).__name__)
+    if not isinstance(data, unpickling.Array) or data.data.shape != shape:
+        found = data.data.shape if isinstance(data, unpickling.Array) else type(data).__name__
         raise DataError(path, f"data must be a uint8 array of shape {list(shape)}", found)
+    return data.data.reshape(-1, 3, 32, 32)
+
+
+def _checked_labels(labels: object, path: Path) -> Bytes:
     if not isinstance(labels, list) or len(labels) != _CIFAR_IMAGES:
         found = len(labels) if isinstance(labels, list) else type(labels).__name__
         raise DataError(path, f"labels must be a list of {_CIFAR_IMAGES}", found)
     wrong = [v for v in labels if type(v) is not int or not 0 <= v <= 255]
     if wrong:
-        raise DataError(path, "labels must be integers from 0 to 255", repr(wrong[0])[:40])
-    return data.reshape(-1, 3, 32, 32), np.array(labels, np.uint8)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows three names, all bound to functions of this file.
-
-    They are what a pickled uint8 array is made of. Every other name is refused before it is
-    imported, so a file can build dicts, lists, strings, numbers and uint8 arrays, and no more.
-    """
-
-    def find_class(self, module: str, name: str) -> object:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _empty_array
-        allowed = {
-            ("numpy", "ndarray"): "ndarray",  # only handed to _reconstruct: not to be called
-            ("numpy", "dtype"): _byte_dtype,
-            ("_codecs", "encode"): _latin1,  # how Python 3 pickles bytes in protocol 2
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"the forbidden name {module}.{name}")
-        return allowed[module, name]
-
-
-def _empty_array(_subtype: object, _shape: object, _dtype: object) -> Bytes:
-    return np.empty(0, np.uint8)  # its shape and bytes follow as state, checked by numpy
-
-
-def _byte_dtype(code: object, *_flags: object) -> np.dtype[np.uint8]:
-    if code not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"an array of type {code!r} instead of u1")
-    return np.dtype("u1", False, True)  # a copy: the state that follows is written into it
-
-
-def _latin1(text: object, encoding: object) -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"a string in {encoding!r} instead of latin1")
-    return text.encode("latin1")
+        raise DataError(path, "labels must be integers from 0 to 255", unpickling.brief(wrong[0]))
+    return np.array(labels, np.uint8)

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +173,127 @@ def test_a_wrong_pickle_is_refused_with_name_rule_and_value(tmp_path, records, m
     file.write_bytes(BAD_PICKLES[message](records))
     with pytest.raises(DataError, match=f"data_batch_1: .*{message}"):
         read_cifar_pickle(file)
+
+
+class Built:
+    """Pickles to a call of any function with any arguments, and any state for what it returns."""
+
+    def __init__(self, function: object, arguments: tuple[object, ...], state: object) -> None:
+        self.call = (function, arguments, state)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...], object]:
+        return self.call
+
+
+def unpickled_state(target: str, state: object) -> bytes:
+    """A batch whose dtype or array is given a state of the file's choice."""
+    kind = Built(np.dtype, ("u1", False, True), state if target == "dtype" else DTYPE)
+    good = (1, (10_000, 3072), kind, False, bytes(10_000 * 3072))
+    made = (np.ndarray, (0,), b"b")
+    array = Built(np.empty(0, np.uint8).__reduce__()[0], made, state if target != "dtype" else good)
+    return pickle.dumps({b"data": array, b"labels": [0] * 10_000}, protocol=2)
+
+
+DTYPE = (3, "|", None, None, None, -1, -1, 0)
+KIND = Built(np.dtype, ("u1", False, True), DTYPE)
+BAD_STATES = {
+    "a dtype state other than": ("dtype", (*DTYPE[:-1], 2)),
+    "a dtype state other": ("dtype", 5),
+    "an array state of \\['int', 'tuple', '_Dtype', 'bool', 'list'\\]": (
+        "array",
+        (1, (10_000, 3072), KIND, False, [1] * 10),
+    ),
+    "an array state of no tuple": ("array", [1]),
+    "an array state of \\['int', 'int', '_Dtype', 'bool', 'bytes'\\]": (
+        "array",
+        (1, 3, KIND, False, b"abc"),
+    ),
+    "an array of 3 bytes for shape \\[10000, 3072\\]": (
+        "array",
+        (1, (10_000, 3072), KIND, False, b"abc"),
+    ),
+    "an array of shape \\(-1, -3\\)": ("array", (1, (-1, -3), KIND, False, b"abc")),
+    "an array of shape \\('x', list\\)": ("array", (1, ("x", []), KIND, False, b"abc")),
+    "an array of shape \\(1, 1, ": ("array", (1, (1,) * 33, KIND, False, b"a")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_STATES)
+def test_a_false_state_is_refused_with_what_it_is(tmp_path, message):
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(unpickled_state(*BAD_STATES[message]))
+    with pytest.raises(DataError, match=f"data_batch_1: must be a pickle of .*, got {message}"):
+        read_cifar_pickle(file)
+
+
+def test_a_state_that_crashes_numpy_is_an_error_like_any_other(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    kind = Built(np.dtype, ("u1", False, True), (*DTYPE[:-1], 2))  # says that it holds pointers
+    made = np.empty(0, np.uint8).__reduce__()[0], (np.ndarray, (0,), b"b")
+    data = Built(*made, (1, (10_000, 3072), kind, False, [1] * 10))
+    for name in ("data_batch_1", "test_batch"):
+        content = pickle.dumps({b"data": data, b"labels": [0] * 10_000}, protocol=2)
+        (folder / name).write_bytes(content)
+    program = f"from fastres import data; data.load('cifar10', {str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1  # a signal would be negative
+    assert "DataError" in done.stderr
+
+
+BOMBS = {
+    "the memo index 4294967295": b"\x80\x02}r\xff\xff\xff\xff.",
+    "more than 100 tuples": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",  # hashed: deep
+    "a set": b"\x80\x04\x8f.",
+    "expected .* bytes in a bytearray8, but only 1 remain": b"\x80\x05\x96"
+    + b"\0" * 5
+    + b"\1\0\0.",
+    "a state for a function": b"\x80\x02c_codecs\nencode\n}b.",
+    "an array of type list instead of u1": b"\x80\x02cnumpy\ndtype\n]\x85R.",
+}
+
+
+@pytest.mark.parametrize("message", BOMBS)
+def test_a_small_file_cannot_take_memory_or_stack(tmp_path, message):
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(BOMBS[message])
+    with pytest.raises(DataError, match=f"must be a pickle of plain arrays, got {message}"):
+        read_cifar_pickle(file)
+
+
+def test_a_label_of_any_kind_is_refused_in_few_words(tmp_path, records):
+    file = tmp_path / "data_batch_1"
+    for label, found in ((10**5000, "int"), ([[[]]], "list"), (True, "True"), (b"x" * 99, "b'xxx")):
+        content = batch(records, labels=[label] * 10_000)
+        file.write_bytes(pickle.dumps(content, protocol=4 if label is True else 2))
+        with pytest.raises(DataError, match=f"labels must be integers .*, got {found}"):
+            read_cifar_pickle(file)
+
+
+def test_an_array_stored_by_columns_is_the_same_array(tmp_path, records):
+    file = tmp_path / "data_batch_1"
+    file.write_bytes(pickle.dumps(batch(records, data=np.asfortranarray(records[:, 1:])), 2))
+    assert np.array_equal(read_cifar_pickle(file)[0].reshape(10_000, -1), records[:, 1:])
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_mutated_pickle_is_read_or_refused_and_never_worse(tmp_path, protocol):
+    random, file = np.random.default_rng(protocol), tmp_path / "data_batch_1"
+    small = {"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3]}
+    whole = pickle.dumps(small, protocol=protocol)
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in random.integers(0, len(content), random.integers(1, 4)):
+            content[place] = random.integers(0, 256)
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="data_batch_1: "):  # at best, of a wrong shape
+            read_cifar_pickle(file)
+
+
+@pytest.mark.parametrize("read", [read_cifar_binary, read_cifar_pickle, lambda p: read_idx(p, 3)])
+def test_what_is_no_file_is_refused(tmp_path, read):
+    with pytest.raises(DataError, match=f"{tmp_path}: must be a file, got a folder"):
+        read(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # opened, it would be waited for
+    with pytest.raises(DataError, match="pipe: must be a file, got a special file"):
+        read(tmp_path / "pipe")
