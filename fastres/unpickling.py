@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TUPLES: Final = 100  # an array has 5 or so; hashing nested ones recurses in C, unchecked
+_MEMO: Final = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _DIMS: Final = 32  # the most that every NumPy takes
 _LIMIT: Final = 1 << 30  # of an extent
 
@@ -38,19 +39,18 @@ def _check_opcodes(content: bytes) -> None:
 
     That a text is as long as it claims, pickletools checks itself.
     """
-    tuples = 0
+    tuples, made_tuple = 0, False
     for opcode, value, _ in pickletools.genops(content):
-        if (
-            isinstance(value, int)
-            and opcode.name in ("PUT", "LONG_BINPUT")
-            and value > len(content)
-        ):
-            raise pickle.UnpicklingError(f"the memo index {brief(value)}")  # allocated up to it
+        if opcode.name in _MEMO:
+            if isinstance(value, int) and value > len(content):
+                raise pickle.UnpicklingError(f"the memo index {brief(value)}")  # allocated up to it
+            continue
         if opcode.name in ("EMPTY_SET", "FROZENSET", "ADDITEMS"):
             raise pickle.UnpicklingError("a set")
-        tuples += opcode.name.startswith("TUPLE")
+        tuples += made_tuple and opcode.name != "REDUCE"  # as arguments it is checked, so shallow
         if tuples > _TUPLES:
             raise pickle.UnpicklingError(f"more than {_TUPLES} tuples")
+        made_tuple = opcode.name.startswith("TUPLE")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -63,7 +63,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _Name(lambda _subtype, _shape, _dtype: Array())
+            return _Name(_empty_array)
         allowed = {
             ("numpy", "ndarray"): "ndarray",  # only handed to _reconstruct: not to be called
             ("numpy", "dtype"): _Name(_byte_dtype),
@@ -124,8 +124,14 @@ def _array(shape: tuple[object, ...], raw: bytes, order: Literal["C", "F"]) -> N
     return np.frombuffer(raw, np.uint8).reshape(extents, order=order).copy()
 
 
-def _byte_dtype(code: object, *_flags: object) -> _Dtype:
-    if code not in ("u1", b"u1"):
+def _empty_array(*arguments: object) -> Array:
+    if arguments not in (("ndarray", (0,), "b"), ("ndarray", (0,), b"b")):
+        raise pickle.UnpicklingError("an array that does not start empty")
+    return Array()
+
+
+def _byte_dtype(code: object, align: object, copy: object) -> _Dtype:
+    if code not in ("u1", b"u1") or not isinstance(align, int) or not isinstance(copy, int):
         raise pickle.UnpicklingError(f"an array of type {brief(code)} instead of u1")
     return _Dtype()
 

@@ -139,7 +139,7 @@ def test_an_array_of_a_claimed_size_is_not_allocated(tmp_path):
     file = tmp_path / "data_batch_1"
     array = Hostile(np.empty(0, np.uint8).__reduce__()[0], np.ndarray, (2**40,), b"b")
     file.write_bytes(pickle.dumps({b"data": array, b"labels": []}, protocol=2))
-    with pytest.raises(DataError, match=r"data must be .* of shape \[10000, 3072\], got \(0,\)"):
+    with pytest.raises(DataError, match="got an array that does not start empty"):
         read_cifar_pickle(file)
 
 
@@ -249,7 +249,7 @@ BOMBS = {
     + b"\0" * 5
     + b"\1\0\0.",
     "a state for a function": b"\x80\x02c_codecs\nencode\n}b.",
-    "an array of type list instead of u1": b"\x80\x02cnumpy\ndtype\n]\x85R.",
+    "an array of type list instead of u1": b"\x80\x02cnumpy\ndtype\n]\x89\x88\x87R.",
 }
 
 
@@ -268,6 +268,13 @@ def test_a_label_of_any_kind_is_refused_in_few_words(tmp_path, records):
         file.write_bytes(pickle.dumps(content, protocol=4 if label is True else 2))
         with pytest.raises(DataError, match=f"labels must be integers .*, got {found}"):
             read_cifar_pickle(file)
+
+
+def test_names_beside_the_data_do_no_harm(tmp_path, records):
+    file = tmp_path / "data_batch_1"
+    names = [b"%d.png" % i for i in range(10_000)]  # one tuple each in protocol 2
+    file.write_bytes(pickle.dumps(batch(records, filenames=names), protocol=2))
+    assert read_cifar_pickle(file)[1][:3].tolist() == [0, 1, 2]
 
 
 def test_an_array_stored_by_columns_is_the_same_array(tmp_path, records):
