@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,13 @@ class Data:
         """Numbers per sample, C * H * W."""
         return self.train_x[0].numel()
 
+    def checksum(self) -> str:
+        """CRC-32 of all four tensors, in hexadecimal: equal data, equal checksum."""
+        crc = 0
+        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
+            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+        return f"{crc:08x}"
+
 
 def load(name: str, root: str | Path | None = None) -> Data:
     """Load a data set.
@@ -48,11 +56,16 @@ def load(name: str, root: str | Path | None = None) -> Data:
         The data set; equal tensors in every call.
 
     Raises:
+        TypeError: If name is not a string, or root is neither a path nor None.
         ValueError: If the name is not known, or mnist or cifar10 has no root.
         FileNotFoundError: If a file is missing.
         DataError: If a file breaks its format.
         ModuleNotFoundError: If digits are asked for without scikit-learn.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"data: name must be a str, got {type(name).__name__}")
+    if not (root is None or isinstance(root, str | Path)):
+        raise TypeError(f"data: root must be a str, a Path or None, got {type(root).__name__}")
     if name not in _READERS:
         raise ValueError(f"data: name must be one of {', '.join(NAMES)}, got {name!r}")
     train, test = _READERS[name](root)

@@ -80,6 +80,27 @@ def test_an_unknown_name_is_named():
         load("svhn")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["x"],), "data: name must be a str, got list"),
+        (("mnist", 3), "data: root must be a str, a Path or None, got int"),
+        (("digits", b"x"), "data: root must be a str, a Path or None, got bytes"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        load(*arguments)
+
+
+def test_data_of_one_shape_and_other_content_have_another_checksum(raw):
+    first = mnist(raw)
+    assert mnist(raw).checksum() == first.checksum()
+    pixels = bytes(i % 249 for i in range(5 * 28 * 28))
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(idx(5, 28, 28, values=pixels))
+    assert mnist(raw).checksum() != first.checksum()
+
+
 def test_a_set_of_files_needs_a_root(monkeypatch):
     monkeypatch.delenv("FASTRES_DATA", raising=False)
     with pytest.raises(ValueError, match="mnist needs its folder in --data-root"):

@@ -1,6 +1,7 @@
 """Claims about the demo: every depth learns the digits; what it writes is whole and repeatable."""
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_other_arguments_take_nothing_over(quick, monkeypatch):
     run(changed(quick, width=5), say=lambda _: None)
     run(changed(quick, width=5, fresh=True), say=lambda _: None)
     assert trained == [1, 2, 1, 2]
+
+
+def test_other_data_of_the_same_name_and_counts_take_nothing_over(quick, monkeypatch):
+    run(quick, say=lambda _: None)
+    digits = demo.load("digits")
+    other = dataclasses.replace(digits, test_x=digits.test_x.flip(0))
+    monkeypatch.setattr(demo, "load", lambda *_: other)
+    said: list[str] = []
+    assert len(run(quick, said.append).rows) == 2
+    assert not any("finished before" in line for line in said)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": {}, "rows": [{}]}', "\0"])

@@ -211,6 +211,7 @@ def _arguments(options: Options, data: Data) -> dict[str, Any]:
         "study": "demo",
         "data": options.data,
         "samples": [len(data.train_x), len(data.test_x)],
+        "checksum": data.checksum(),  # Fashion-MNIST, say, has the names and counts of MNIST
         "width": options.width,
         "recipe at 1 block": asdict(_recipe(options, 1)),
         "seed": options.seed,
