@@ -119,7 +119,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     try:
         with torch.no_grad():
             sites = trace(model, x)
-    except Exception as error:  # the model's own, on an input that it does not take
+    except (Exception, SystemExit) as error:  # the model's own, on an input that it does not take
         raise ValueError(
             f"inspect: {arguments.model} must take an input {list(shape)}, got {_named(error)}"
         ) from error
@@ -140,7 +140,7 @@ def _build(name: str) -> nn.Module:
         sys.path.insert(0, "")
     try:
         model = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # not of this program: FASTRES_TRACEBACK=1 shows where
+    except (Exception, SystemExit) as error:  # not of here: FASTRES_TRACEBACK=1 shows where
         raise ValueError(f"inspect: {name} must make a model, got {_named(error)}") from error
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
@@ -148,8 +148,8 @@ def _build(name: str) -> nn.Module:
     return model
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -177,6 +177,11 @@ def test_without_matplotlib_all_but_the_plots_is_there(quick, monkeypatch):
         ({"epochs": -1}, "epochs must be >= 0, got -1"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
         ({"threads": 0}, "threads must be >= 1, got 0"),
+        ({"blocks": (6, 10**9)}, "blocks must be <= 65536, got 1000000000"),
+        ({"width": 10**8}, "width must be <= 65536, got 100000000"),
+        ({"epochs": 10**9}, "epochs must be <= 1048576, got 1000000000"),
+        ({"seed": 1 << 64}, "seed must be <= 18446744073709551615, got 18446744073709551616"),
+        ({"threads": 10**11}, "threads must be <= 1024, got 100000000000"),
     ],
 )
 def test_an_option_out_of_range_is_named(wrong, message):
@@ -187,3 +192,21 @@ def test_an_option_out_of_range_is_named(wrong, message):
 def test_a_device_that_is_not_there_is_named(quick):
     with pytest.raises(ValueError, match="device must be usable, got 'nonsense'"):
         run(changed(quick, device="nonsense"))
+
+
+def test_a_device_that_holds_no_values_is_refused(quick):
+    with pytest.raises(ValueError, match="demo: device must hold values, got 'meta'"):
+        run(changed(quick, device="meta"))
+
+
+def test_a_model_that_does_not_fit_into_memory_is_named(quick, monkeypatch):
+    def full(*_):
+        raise RuntimeError("not enough memory: you tried to allocate 9 bytes\nin some file")
+
+    monkeypatch.setattr(demo, "ResidualMLP", full)
+    with pytest.raises(ValueError, match=r"got 1 blocks of width 4: not enough .* 9 bytes$"):
+        run(quick)
+
+
+def test_the_greatest_seed_is_taken(quick):
+    assert len(run(changed(quick, seed=(1 << 64) - 1), say=lambda _: None).rows) == 2

@@ -44,15 +44,19 @@ class Options:
 
     def __post_init__(self) -> None:
         epochs = 0 if self.epochs is None else self.epochs
-        for name, value, least in (
-            ("blocks", min(self.blocks, default=0), 1),
-            ("width", self.width, 1),
-            ("epochs", epochs, 0),
-            ("seed", self.seed, 0),
-            ("threads", self.threads, 1),
+        least, most = min(self.blocks, default=0), max(self.blocks, default=0)
+        for name, value, low, high in (
+            ("blocks", least, 1, 1 << 16),
+            ("blocks", most, 1, 1 << 16),
+            ("width", self.width, 1, 1 << 16),
+            ("epochs", epochs, 0, 1 << 20),
+            ("seed", self.seed, 0, (1 << 64) - 1),  # what a generator of torch takes
+            ("threads", self.threads, 1, 1 << 10),  # a runtime that can start no more ends all
         ):
-            if value < least:
-                raise ValueError(f"demo: {name} must be >= {least}, got {value}")
+            if value < low:
+                raise ValueError(f"demo: {name} must be >= {low}, got {value}")
+            if value > high:
+                raise ValueError(f"demo: {name} must be <= {high}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,7 @@ def _present(rows: Sequence[Row], out: Path, say: Callable[[str], None]) -> None
 
 def measure(blocks: int, options: Options, data: Data, device: torch.device) -> Row:
     """Train one depth, measure it on the test set in eval mode, and time what recording costs."""
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
-        torch.manual_seed(options.seed)
-        model = ResidualMLP(data.features, data.classes, options.width, blocks).to(device)
+    model = _model(blocks, options, data, device)
     recipe = _recipe(options, blocks)
     x, y = data.test_x.to(device), data.test_y.to(device)
     start = recorded(model, x)
@@ -141,6 +143,17 @@ def measure(blocks: int, options: Options, data: Data, device: torch.device) -> 
         profile_absolute=tape.absolute.tolist(),
         profile_scaled=tape.scaled.tolist(),
     )
+
+
+def _model(blocks: int, options: Options, data: Data, device: torch.device) -> ResidualMLP:
+    try:
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
+            torch.manual_seed(options.seed)
+            return ResidualMLP(data.features, data.classes, options.width, blocks).to(device)
+    except RuntimeError as error:  # of the allocator
+        reason = _first_line(error)
+        found = f"{blocks} blocks of width {options.width}: {reason}"
+        raise ValueError(f"demo: blocks and width must fit into memory, got {found}") from error
 
 
 def recorded(model: torch.nn.Module, x: torch.Tensor) -> Tape:
@@ -189,10 +202,17 @@ def _recipe(options: Options, blocks: int) -> Recipe:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # what torch raises differs by device
-        reason = str(error).splitlines()[0]
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:  # it differs by device
+        reason = _first_line(error)
         raise ValueError(f"demo: device must be usable, got {name!r}: {reason}") from None
+    if device.type == "meta":
+        raise ValueError(f"demo: device must hold values, got {name!r}")
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
