@@ -1,9 +1,14 @@
 // numpy: an op's CPU kernel on NumPy arrays, zero copy; and the list by which module.cpp finds
 // every op's entry.
 #pragma once
+// torch 2.11 takes its copy of pybind11, which sees nothing of torch, for one of torch's own
+// headers, and refuses it where TORCH_TARGET_VERSION is defined.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
 
 #include <functional>
 #include <string>
@@ -25,9 +30,11 @@ struct Entry {
   }
 };
 
+inline std::string text_of(const py::object& value) { return py::str(value); }
+
 inline std::string message(const char* op, const char* argument, const std::string& rule,
                            const py::object& got) {
-  return std::string(op) + ": " + argument + " must " + rule + ", got " + std::string(py::str(got));
+  return std::string(op) + ": " + argument + " must " + rule + ", got " + text_of(got);
 }
 
 inline py::array as_array(const char* op, const char* argument, const py::object& given) {
@@ -52,11 +59,10 @@ inline Dtype check_array(const char* op, const char* argument, const py::array& 
 inline void check_like(const char* op, const char* argument, const py::array& a,
                        const py::array& like) {
   if (!a.dtype().is(like.dtype()) && !a.dtype().equal(like.dtype()))
-    throw py::type_error(
-        message(op, argument, "have dtype " + std::string(py::str(like.dtype())), a.dtype()));
+    throw py::type_error(message(op, argument, "have dtype " + text_of(like.dtype()), a.dtype()));
   if (!a.attr("shape").equal(like.attr("shape")))
-    throw py::value_error(message(
-        op, argument, "have shape " + std::string(py::str(like.attr("shape"))), a.attr("shape")));
+    throw py::value_error(
+        message(op, argument, "have shape " + text_of(like.attr("shape")), a.attr("shape")));
   check_array(op, argument, a);
 }
 
@@ -67,8 +73,7 @@ inline py::dtype accumulate_type(Dtype dtype) {
 inline void check_vector(const char* op, const char* argument, const py::array& a, int64_t size,
                          const py::dtype& type) {
   if (!a.dtype().equal(type))
-    throw py::type_error(
-        message(op, argument, "have dtype " + std::string(py::str(type)), a.dtype()));
+    throw py::type_error(message(op, argument, "have dtype " + text_of(type), a.dtype()));
   if (a.ndim() != 1 || a.shape(0) != size)
     throw py::value_error(
         message(op, argument, "have shape (" + std::to_string(size) + ",)", a.attr("shape")));
