@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastres.ops import residual_add
 from fastres.tracing import Kind
@@ -86,10 +86,6 @@ class Site:
     level: int
 
 
-_push: Final[Callable[[Any], None]] = torch.overrides._push_mode
-_pop: Final[Callable[[], Any]] = torch.overrides._pop_mode
-
-
 class Add(NamedTuple):
     """One call of an addition: as the model made it, and its two operands."""
 
@@ -111,8 +107,6 @@ def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.is_nested or b.is_nested:
         return None
     if a.dim() < 2 or a.shape != b.shape:
-        return None
-    if any(type(t) is not Tensor and isinstance(t, nn.Parameter) for t in (a, b)):
         return None
     return Add(func, args, kwargs, (a, b)) if a.is_floating_point() else None
 
@@ -166,32 +160,5 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     windows: dict[Event, Window] = field(default_factory=dict)  # those that contain sites
     closes: set[Event] = field(default_factory=set)
+    calls: dict[int, int] = field(default_factory=dict)  # of the modules that begin a window
     idle: set[int] = field(default_factory=set)  # ids of modules with weights that did not run
-
-
-class Mode(TorchFunctionMode):
-    """Sends every torch function to a handler while it is on."""
-
-    def __init__(self, handle: Callable[..., Any]) -> None:
-        super().__init__()
-        self._handle = handle
-        self._on = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return self._handle(func, args, kwargs or {})
-
-    def switch(self, on: bool) -> None:
-        """Switch it on, or off: also from below modes that came later and go later."""
-        if on == self._on:
-            return
-        self._on = on
-        if on:
-            _push(self)
-            return
-        above = []
-        while (mode := _pop()) is not self:
-            above.append(mode)
-        for mode in reversed(above):
-            _push(mode)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from fastres.adds import (
     ADDS,
     DECLARED,
     Event,
-    Mode,
     Plan,
     Policy,
     Site,
@@ -25,6 +23,7 @@ from fastres.adds import (
     check_sides,
     read_add,
 )
+from fastres.hooks import Hook, Mode
 from fastres.tracing import Found, Rule
 from fastres.versions import Graph, function_name, tensors_in
 
@@ -67,13 +66,17 @@ def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
                 yield from _walk(child, path)
 
 
+def shapes_of(inputs: Any) -> list[torch.Size]:
+    """Return the shapes of a model's inputs without the batch; nested tensors have none."""
+    return [t.shape[1:] for t in tensors_in(inputs) if not t.is_nested]
+
+
 class Search:
     """Follows one pass with the graph of tensor versions, and puts the policy on what it finds."""
 
     def __init__(self, op: str, model: nn.Module, policy: Policy, inputs: Any) -> None:
-        self.plan = Plan([t.shape[1:] for t in tensors_in(inputs)])
+        self.plan = Plan(shapes_of(inputs))
         self._op, self._policy = op, policy
-        self._thread = threading.get_ident()
         self._graph = Graph(model.parameters(), model.buffers())
         self._rule = Rule(self._graph)
         self._found: list[tuple[Found, int, str, torch.Size]] = []  # and version, name, shape
@@ -88,16 +91,20 @@ class Search:
                 self._weighted.add(id(module))
             if self._names.setdefault(id(module), name) == name:
                 self._hooks += [
-                    module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True),
-                    module.register_forward_hook(self.leave, always_call=True),
+                    module.register_forward_pre_hook(
+                        Hook(module, self.enter), prepend=True, with_kwargs=True
+                    ),
+                    module.register_forward_hook(Hook(module, self.leave), always_call=True),
                 ]
         self._mode.switch(True)
-        self.enter(model, (inputs,), {})
+        try:
+            self.enter(model, (inputs,), {})
+        except BaseException:
+            self.stop()
+            raise
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Follow the model into a module."""
-        if threading.get_ident() != self._thread:
-            return
         self._calls[id(module)] += 1
         event = (id(module), self._calls[id(module)], False)
         self._close(event)
@@ -109,10 +116,10 @@ class Search:
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """Follow the model out of a module."""
-        if threading.get_ident() != self._thread or not self._frames:
-            return
-        if self._frames[-1].module is not module:
-            return
+        if all(frame.module is not module for frame in self._frames):
+            return  # a hook that ran before `enter` raised
+        while self._frames[-1].module is not module:
+            self._frames.pop()  # it ended with a KeyboardInterrupt, which the model caught
         event = (id(module), self._frames[-1].number, True)
         self._close(event)
         frame = self._frames.pop()
@@ -176,5 +183,6 @@ class Search:
             label = name if count[name] == 1 else f"{name}[{number[name]}]"
             number[name] += 1
             self.plan.sites.append(Site(label, found.kind, tuple(shape), levels[index]))
+        self.plan.calls = {event[0]: self._calls[event[0]] for event in self.plan.windows}
         self.plan.idle.update(self._weighted - self._calls.keys())
         return self.plan
