@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,7 +82,8 @@ class Graph:
         self._constants = {id(t) for t in constants}
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._shown: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # storage -> latest tensor
-        self._written: dict[int, tuple[int, int]] = {}  # storage -> version, elements written
+        # storage -> version, elements written, and what keeps the address from being used again
+        self._written: dict[int, tuple[int, int, StorageWeakRef]] = {}
 
     def is_parameter(self, t: Tensor) -> bool:
         """Tell whether t is a parameter of the model."""
@@ -100,9 +102,10 @@ class Graph:
         else:
             k = self._unseen(t)
             self._set(t, k)
-        written, numel = self._written.get(_storage(t), (-1, 0))
-        if written > k:  # through an alias, since
-            k = written if numel == t.numel() else self._new("setitem", (k, written), False)
+        entry_written = self._written.get(_storage(t))
+        if entry_written is not None and (written := entry_written[0]) > k:  # by an alias, since
+            same = entry_written[1] == t.numel()
+            k = written if same else self._new("setitem", (k, written), False)
             self._set(t, k)
         return k
 
@@ -181,7 +184,7 @@ class Graph:
                     self.nodes[i].read = True
             self._set(t, k)
             if old is not None and (storage := _storage(t)):
-                self._written[storage] = (k, t.numel())
+                self._written[storage] = (k, t.numel(), StorageWeakRef(t.untyped_storage()))  # type: ignore[no-untyped-call]
             versions.append(k)
         return versions[0] if versions else -1
 
@@ -198,7 +201,11 @@ def function_name(func: Callable[..., Any]) -> str:
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata if t.layout == torch.strided else 0
+    """Return the address of the storage; 0 where there is none, as for sparse and functorch's."""
+    try:
+        return t.untyped_storage()._cdata if t.layout == torch.strided else 0
+    except NotImplementedError:
+        return 0
 
 
 def _edits(t: Tensor, name: str = "view") -> int:

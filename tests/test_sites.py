@@ -243,6 +243,27 @@ def test_in_place_changes_through_a_view_are_seen():
     assert len(trace(Written(through_a_view), torch.randn(2, 8))) == 1
 
 
+def test_what_an_alias_writes_is_no_longer_the_skip():
+    def overwritten(x, f):
+        copy = x.clone()
+        copy.view(-1).copy_(f(x).view(-1))
+        return x + copy
+
+    assert len(trace(Written(overwritten), torch.randn(2, 8))) == 1
+
+
+def test_memory_that_is_used_again_is_another_tensor():
+    def reused(x, f):
+        for _ in range(3):
+            h = f(x)
+            h.add_(1)
+            del h
+        copy = x.clone()  # where h was
+        return copy + f(x).relu()
+
+    assert [site.kind for site in trace(Written(reused), torch.randn(2, 8))] == ["identity"]
+
+
 def test_a_custom_autograd_function_and_a_user_hook_do_not_hide_the_skip():
     class Double(torch.autograd.Function):
         @staticmethod
@@ -297,6 +318,15 @@ def test_models_that_cannot_be_traced_are_refused_by_name():
         trace(scripted, torch.randn(2, 8))
     with pytest.raises(TypeError, match="trace: model must not be compiled or scripted"):
         trace(torch.compile(nn.Linear(8, 8)), torch.randn(2, 8))
+
+
+def test_a_model_with_a_call_of_its_own_is_refused():
+    class Direct(Block):
+        def __call__(self, x):
+            return self.forward(x)
+
+    with pytest.raises(TypeError, match=r"must run through torch\.nn\.Module\.__call__"):
+        trace(Direct(8), torch.randn(2, 8))
 
 
 def test_two_sides_that_cannot_be_added_name_the_module():
