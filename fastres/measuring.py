@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 from fastres.adds import Add, add
 from fastres.ops import native, residual_add
-from fastres.ops.layout import accumulate, has_dense_samples
+from fastres.ops.layout import DTYPES, accumulate, has_dense_samples
+from fastres.ops.stats import sums_of
 
 _sum: Final = native.raw("_residual_add")
 _sum_into: Final = native.raw("_residual_add_")
-_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SMALL: Final = 1 << 17  # bytes: a second pass in the cache takes 5 us, the dispatch mode 30
 _ADD: Final = torch.ops.aten.add.Tensor
 _ADD_INTO: Final = torch.ops.aten.add_.Tensor
@@ -80,7 +80,7 @@ def measure(call: Add) -> tuple[Any, Tensor]:
     elif call.func is not Tensor.add_ and _is_underived(call):
         out, sums = _sum(*call.operands, None, False)
     elif call.operands[0].nbytes <= _SMALL:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             _, sums = _sum(*call.operands, None, False)  # before the add, which may be in place
         out = call.call()
     else:
@@ -105,7 +105,7 @@ def _fits(call: Add) -> bool:
         and type(a) is Tensor
         and type(b) is Tensor
         and a.dtype is b.dtype
-        and a.dtype in _DTYPES
+        and a.dtype in DTYPES
         and a.device == b.device
         and native.runs_on(a)
         and a.stride() == b.stride()
@@ -126,9 +126,6 @@ def _is_underived(call: Add) -> bool:
 def _reference(call: Add) -> Tensor:
     """Return [3, B] in plain PyTorch, never in half precision."""
     dtype = accumulate(torch.promote_types(*(t.dtype for t in call.operands)))
-    a, b = (t.detach().to(dtype).flatten(1) for t in call.operands)
-    with torch.no_grad():
-        sums = [(s * t).sum(1) for s, t in ((a, a), (b, b), (a, b))]
-        if (alpha := call.kwargs.get("alpha", 1)) != 1:  # a + alpha * b
-            sums[1], sums[2] = sums[1] * alpha * alpha, sums[2] * alpha
-        return torch.stack(sums)
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # another Watch must not see it
+        a, b = (t.detach().to(dtype) for t in call.operands)
+        return sums_of(a, b * call.kwargs.get("alpha", 1))  # of a + alpha * b
