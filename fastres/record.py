@@ -17,8 +17,8 @@ __all__ = ["Tape", "record"]
 def record(model: nn.Module, per_sample: bool = False) -> Iterator[Tape]:
     """Record the residual adds of a model, in every forward pass inside the `with` block.
 
-    The first pass finds the sites; outputs and gradients are those of the model, bit for bit. The
-    sums come from the kernel that does the add, so they cost no pass over memory of their own.
+    The first pass finds the sites; outputs and gradients are those of the model, bit for bit but
+    for the payload of a nan. The sums come from the kernel that does the add, so they cost no pass over memory of their own.
     Works in train and eval mode, with and without gradients, under autocast and under activation
     checkpointing, whose recomputation is not counted. On a GPU nothing waits for the device until
     the tape is read.
@@ -39,8 +39,11 @@ def record(model: nn.Module, per_sample: bool = False) -> Iterator[Tape]:
 
     Raises:
         TypeError: If model is not a module, or is compiled or scripted.
-        ValueError: From the first pass, if the model contains no residual add.
-        RuntimeError: From a later pass whose residual adds are not those of the first.
+        ValueError: If model has lazy parameters; from the first pass, if the model contains no
+            residual add; from any pass, if the two sides of an add do not broadcast.
+        RuntimeError: From a pass under vmap; from a later pass in which a site of the first does
+            not run, has another shape, or runs once more. An add in a stretch of code that had no
+            site in the first pass, or in a module that was put in since, is not seen.
 
     Example:
         >>> import torch

@@ -27,6 +27,16 @@ class _Total:
     passes: list[Tensor] = field(default_factory=list)  # each [3, sites, B], the sums as measured
 
 
+def _refuse_batched(tensors: tuple[Tensor, ...]) -> None:
+    """Raise where vmap hides the samples of an add: sums taken inside cannot be read outside."""
+    functorch = torch._C._functorch
+    for t in tensors:
+        while functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_batchedtensor(t):
+                raise RuntimeError("record: model must not run under vmap, got a batched tensor")
+            t = functorch.get_unwrapped(t)
+
+
 class Tape:
     """Record of the residual adds of a model, filled by `fastres.record`.
 
@@ -38,6 +48,9 @@ class Tape:
     Means are over the samples of all passes, in float64 on the CPU; reading one waits for the
     device. Division is plain: a sample whose skip is all zero makes `scaled` inf, or nan where its
     branch is zero too. Where dim 0 of a site is not the batch, its rows count as samples.
+
+    Everything read from it raises RuntimeError before the first pass, single samples also without
+    per_sample=True and where the sites differ in their number of samples.
     """
 
     def __init__(self, model: str, per_sample: bool = False) -> None:
@@ -49,6 +62,8 @@ class Tape:
 
     def at(self, site: int, call: Add, skip: int) -> Any:
         """Run the add of a site and keep its sums (called by Watch)."""
+        if torch._C._are_functorch_transforms_active():
+            _refuse_batched(call.operands)
         out, sums = measure(call)
         self._now[site] = sums, skip
         return out
@@ -153,11 +168,11 @@ class Tape:
         return count
 
     def _mean(self, which: int) -> Tensor:
-        mean = torch.zeros(len(self.sites), dtype=torch.float64)
+        mean = torch.zeros(len(self.sites), dtype=torch.float64, device="cpu")
         for (_, _, members), total in self._totals.items():
             if total.sums is not None:
                 mean[list(members)] += total.sums[which].cpu().double()
-        return mean / torch.tensor(self._samples)
+        return mean / torch.tensor(self._samples, device="cpu")
 
     def _over_identity(self, values: Tensor) -> float:
         return values[[kind == "identity" for kind in self.kinds]].mean().item()
@@ -220,7 +235,7 @@ class Tape:
         if ax is None:
             ax = pyplot.figure(layout="constrained").subplots()
         identity = [kind == "identity" for kind in self.kinds]
-        place = torch.arange(len(identity))
+        place = torch.arange(len(identity), device="cpu")
         others = [not each for each in identity]
         ax.plot(place[identity], self.scaled[identity], "o-", label="identity skip")
         if any(others):
