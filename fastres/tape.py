@@ -27,14 +27,14 @@ class _Total:
     passes: list[Tensor] = field(default_factory=list)  # each [3, sites, B], the sums as measured
 
 
-def _refuse_batched(tensors: tuple[Tensor, ...]) -> None:
-    """Raise where vmap hides the samples of an add: sums taken inside cannot be read outside."""
+def _plain(t: Tensor) -> Tensor:
+    """Return what functorch has wrapped: it cannot be read once its transform has ended."""
     functorch = torch._C._functorch
-    for t in tensors:
-        while functorch.is_functorch_wrapped_tensor(t):
-            if functorch.is_batchedtensor(t):
-                raise RuntimeError("record: model must not run under vmap, got a batched tensor")
-            t = functorch.get_unwrapped(t)
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            raise RuntimeError("record: model must not run under vmap, got a batched tensor")
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 class Tape:
@@ -62,10 +62,10 @@ class Tape:
 
     def at(self, site: int, call: Add, skip: int) -> Any:
         """Run the add of a site and keep its sums (called by Watch)."""
-        if torch._C._are_functorch_transforms_active():
-            _refuse_batched(call.operands)
+        for side in call.operands:
+            _plain(side)
         out, sums = measure(call)
-        self._now[site] = sums, skip
+        self._now[site] = _plain(sums), skip
         return out
 
     def failed(self) -> None:
@@ -92,10 +92,11 @@ class Tape:
             wide = raw if device.type == "mps" else raw.double()  # mps has no float64
             norm, length = wide[0].sqrt(), wide[1].sqrt()
             means = torch.stack([length, length / norm, wide[2] / (norm * length)])
-            total.sums = total.sums + means.sum(2) if total.sums is not None else means.sum(2)
+            sums = means.sum(2)
+            total.sums = _plain(sums if total.sums is None else total.sums + sums)
             total.samples += batch
             if self.per_sample:
-                total.passes.append(raw)
+                total.passes.append(_plain(raw))
 
     @property
     def sites(self) -> list[Site]:
