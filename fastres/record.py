@@ -18,10 +18,10 @@ def record(model: nn.Module, per_sample: bool = False) -> Iterator[Tape]:
     """Record the residual adds of a model, in every forward pass inside the `with` block.
 
     The first pass finds the sites; outputs and gradients are those of the model, bit for bit but
-    for the payload of a nan. The sums come from the kernel that does the add, so they cost no pass over memory of their own.
-    Works in train and eval mode, with and without gradients, under autocast and under activation
-    checkpointing, whose recomputation is not counted. On a GPU nothing waits for the device until
-    the tape is read.
+    for the payload of a nan. The sums come from the kernel that does the add, so they cost no pass
+    over memory of their own. Works in train and eval mode, with and without gradients, under
+    autocast and under activation checkpointing, whose recomputation is not counted. On a GPU
+    nothing waits for the device until the tape is read.
 
     Only calls of the model itself count, in the thread that opened the block. Several records may
     be open at once, also of one model and a part of it.

@@ -116,13 +116,14 @@ class Search:
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """Follow the model out of a module."""
-        if all(frame.module is not module for frame in self._frames):
+        frame = next((each for each in reversed(self._frames) if each.module is module), None)
+        if frame is None:
             return  # a hook that ran before `enter` raised
-        while self._frames[-1].module is not module:
-            self._frames.pop()  # it ended with a KeyboardInterrupt, which the model caught
-        event = (id(module), self._frames[-1].number, True)
-        self._close(event)
-        frame = self._frames.pop()
+        event = (id(module), frame.number, True)
+        ended = False
+        while not ended:  # calls above it ended with a KeyboardInterrupt, which the model caught
+            self._close(event)
+            ended = self._frames.pop() is frame
         with torch._C.DisableTorchFunction():
             unseen = [t for t in tensors_in(out) if _is_opaque(module) or not self._graph.knows(t)]
             if unseen:

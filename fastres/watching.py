@@ -203,8 +203,6 @@ class Watch:
                 self._fail(self._next - 1, "one add more")
             return call.call()
         self._check(entry[0], call)
-        if not self._depth:
-            return call.call()
         self._next += 1
         return self._policy.at(entry[0], call, entry[1])
 

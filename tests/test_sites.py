@@ -252,16 +252,19 @@ def test_what_an_alias_writes_is_no_longer_the_skip():
     assert len(trace(Written(overwritten), torch.randn(2, 8))) == 1
 
 
-def test_memory_that_is_used_again_is_another_tensor():
+def test_memory_that_was_written_is_not_taken_for_another_tensor():
+    addresses = []
+
     def reused(x, f):
-        for _ in range(3):
-            h = f(x)
-            h.add_(1)
+        for _ in range(20):
+            h = f(x).add_(1)
+            addresses.append(h.untyped_storage()._cdata)
             del h
-        copy = x.clone()  # where h was
+        copy = x.clone()
         return copy + f(x).relu()
 
     assert [site.kind for site in trace(Written(reused), torch.randn(2, 8))] == ["identity"]
+    assert len(set(addresses)) == 20
 
 
 def test_a_custom_autograd_function_and_a_user_hook_do_not_hide_the_skip():

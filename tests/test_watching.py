@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pickle import dumps, loads
 
@@ -218,32 +219,80 @@ def test_after_a_keyboard_interrupt_recording_goes_on(when, first):
         model.when = ""
         for _ in range(3):  # of the caller, who need not know
             x = model.block(x) + model.block.branch(x)
+        assert first or torch._C._len_torch_function_stack() == 0
         model(x)
         model(x)
     assert torch._C._len_torch_function_stack() == 0
     assert tape.samples == (4 if first else 6)
 
 
+class Breaking(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x).sum()
+        x = x + self.branch(x)
+        raise KeyboardInterrupt
+
+
+class Catching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Breaking(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(KeyboardInterrupt):
+            x = self.inner(x)
+        return x + self.last(x)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Catching(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        x = x + x.cos()
+        return x + self.last(x)
+
+
 def test_a_keyboard_interrupt_that_the_model_catches_is_its_own_affair():
-    class Catching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(Block(4), Interrupted())
-            self.inner[1].when = "between"
-            self.last = Block(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            try:
-                return self.inner(x)
-            except KeyboardInterrupt:
-                return self.last(x)
-
-    model = nn.Sequential(Catching(), Block(4))
+    model = Around()
     with record(model) as tape:
         for _ in range(3):
             model(vectors())
-    assert tape.names == ["0.inner.0", "0.inner.1.block", "0.last", "1"]
+    assert tape.names[0] == "inner.inner[0]"
+    assert tape.names[3] == "Around"
+    assert len(tape.names) == 4
     assert tape.samples == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_one_record_computes_is_hidden_from_another(dtype):
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.sin()
+            return x + self.one(x).to(dtype) + self.two(x)
+
+    model = Three()
+    with record(model) as below, record(model) as above:
+        model(vectors())
+    assert below.names == above.names == ["Three[0]", "Three[1]"]
+
+
+def test_a_derivative_through_an_inner_derivative_is_kept():
+    model, x = residual_mlp(8, 2).requires_grad_(False), vectors()
+
+    def inner(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda s: (model(x) * s).square().sum())(torch.ones(()))
+
+    plain = torch.func.grad(inner)(x)
+    with record(model):
+        assert torch.equal(torch.func.grad(inner)(x), plain)
+        assert torch.equal(torch.func.grad(inner)(x), plain)
 
 
 def test_a_hook_that_raises_in_front_of_a_module_costs_no_site():
