@@ -177,8 +177,6 @@ class Watch:
     def _pass(self, event: Event) -> None:
         """Close the window that ends at this event, open the one that begins there."""
         assert self.plan is not None
-        if not self._depth:
-            return
         if self._window is not None and event in self.plan.closes:
             self._window = None
         if self._window is None:
