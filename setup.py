@@ -265,4 +265,4 @@ def native():
     }
 
 
-setup(**native())
+setup(license="BSD-3-Clause", **native())

@@ -36,7 +36,7 @@ def requirements(extras: Iterable[str]) -> set[str]:
 
     Example:
         >>> sorted(requirements(["build"]))
-        ['ninja', 'numpy', 'setuptools>=77']
+        ['ninja', 'numpy', 'setuptools>=64']
     """
     import tomllib  # not yet in the Pythons that main refuses
 
