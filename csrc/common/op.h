@@ -104,7 +104,7 @@ inline Tensor uninitialized_like(const Tensor& like) {
                        like.scalar_type());
 }
 
-// An uninitialised result of a and b: in the layout of the first with dense samples, else contiguous.
+// An uninitialised result of a and b: in the layout of the first that has dense samples, if any.
 inline Tensor uninitialized_like(const Tensor& a, const Tensor& b) {
   if (has_dense_samples(a)) return uninitialized_like(a);
   if (has_dense_samples(b)) return uninitialized_like(b);

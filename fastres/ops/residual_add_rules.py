@@ -38,9 +38,11 @@ class CompiledResidualAdd(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return y, sums and, with the ReLU, its mask."""
         if relu:
-            return FORWARD_MASKED(x, f, gate)
-        y, sums = FORWARD(x, f, gate, False)
-        return y, sums, x.new_empty((0,), dtype=torch.uint8)
+            y, sums, mask = FORWARD_MASKED(x, f, gate)
+        else:
+            y, sums = FORWARD(x, f, gate, False)
+            mask = x.new_empty((0,), dtype=torch.uint8)
+        return y, sums, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
