@@ -10,12 +10,7 @@ namespace {
 
 py::dict build_info() {
   py::list built;
-  for (int i = 0; i <= static_cast<int>(fastres::Isa::kAvx512); ++i)
-#if defined(__x86_64__)
-    built.append(fastres::kIsaNames[i]);
-#else
-    if (i == 0) built.append(fastres::kIsaNames[i]);
-#endif
+  for (int i = 0; i < fastres::kIsasBuilt; ++i) built.append(fastres::kIsaNames[i]);
   py::dict info;
   info["compiler"] = FASTRES_COMPILER;
   info["cxx_standard"] = static_cast<long>(__cplusplus);

@@ -7,6 +7,11 @@ namespace fastres {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+#if defined(__x86_64__)
+constexpr int kIsasBuilt = 3;
+#else
+constexpr int kIsasBuilt = 1;
+#endif
 
 inline Isa best_isa() {
 #if defined(__x86_64__)

@@ -40,11 +40,6 @@ template <class A> struct Tile {
   static constexpr int kCount = kLanes / kWidth;
   Vector v[kCount];
 
-  FASTRES_HD static Tile all(A value) {
-    Tile t;
-    for (auto& v : t.v) v = value - Vector{};
-    return t;
-  }
   template <class F> FASTRES_HD static Tile map(const F& lanes) {  // lanes(i): vector i
     Tile t;
     for (int i = 0; i < kCount; ++i) t.v[i] = lanes(i);

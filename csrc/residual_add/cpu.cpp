@@ -103,7 +103,7 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
   const T *gy = offset<T>(a.gy, s.at), *x = offset<T>(a.x, s.at), *f = offset<T>(a.f, s.at);
   T *gx = offset<T>(a.gx, s.at), *gf = offset<T>(a.gf, s.at);
   const uint8_t* mask = offset<uint8_t>(a.mask, s.mask_at);
-  const A gate = gate_of<A>(a, s.row), *gs = static_cast<const A*>(a.gs) + s.row;
+  const A gate = gate_of<A>(a, s.row), *gs = offset<A>(a.gs, s.row);
   const SumGrads<A> sums =
       a.gs ? SumGrads<A>{gs[0], gs[a.rows], gs[2 * a.rows]} : SumGrads<A>{0, 0, 0};
   const bool wants_gate = a.ggate;

@@ -43,7 +43,8 @@ def residual_add(
         bit for bit.
 
     Raises:
-        TypeError: If x, f or gate is no floating tensor, or they are on different devices.
+        TypeError: If x, f or gate is no dense floating tensor (gate may be a number), they are on
+            different devices, or relu is no bool.
         ValueError: If the shapes differ, x has fewer than two dimensions, or gate is not [] or [B].
 
     Example:
