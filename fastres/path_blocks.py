@@ -1,13 +1,13 @@
-"""path_blocks: what goes through the branch of each block, and what arrives at its parameters."""
+"""path_blocks: what goes through the branch of each block, and what arrives at its weights."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastres.path_chunks import Chunk, backward
 from fastres.path_forward import Forward
-from fastres.path_graph import branch_parameters
+from fastres.path_graph import branch_weights
 from fastres.path_lengths import Rows
 from fastres.path_tally import log2_norm, wide
 
@@ -37,48 +37,47 @@ def through_branches(forward: Forward) -> dict[str, Tensor]:
     }
 
 
-class ParameterNorms:
-    """The norms of the gradients by the parameters of each branch, length by length.
+class WeightNorms:
+    """The norms of the gradients by the weights of each branch, length by length.
 
     Attributes:
-        parameters: The parameters that are in a counted branch.
+        places: Where the weights are that a counted branch uses.
     """
 
-    def __init__(self, forward: Forward, model: nn.Module) -> None:
+    def __init__(self, forward: Forward) -> None:
         marks = forward.marks
         blocks = [(marks.sites[site].level, *marks.blocks[site][:2]) for site in forward.between]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        owner = branch_parameters(blocks, trained)
-        self.parameters = [p for p in trained if id(p) in owner]
-        self._owners = [owner[id(p)] for p in self.parameters]
+        found = branch_weights(blocks, forward.where)
+        self.places = [place for _, place in found]
+        self._owners = [owner for owner, _ in found]
         self._blocks = len(blocks)
         self._rows: list[Tensor] = []  # log2 of the norms, [L] each
 
     def add(self, rows: Rows) -> None:
         """Note the next rows."""
         count = len(rows.exponents)
-        logs = torch.full((count, self._blocks, len(self.parameters)), -torch.inf)
-        logs = logs.double()
-        for i, (owner, g) in enumerate(zip(self._owners, rows.at_parameters, strict=True)):
+        shape = (count, self._blocks, len(self.places))
+        logs = torch.full(shape, -torch.inf, dtype=torch.float64, device="cpu")
+        for i, (owner, g) in enumerate(zip(self._owners, rows.at_weights, strict=True)):
             if g is not None:
                 norms = torch.linalg.vector_norm(wide(g).flatten(1), dim=1).cpu().double()
                 logs[:, owner, i] = norms.log2()
-        self._rows += list(log2_norm(logs) - torch.tensor(rows.exponents).unsqueeze(1))
+        self._rows += list(log2_norm(logs))  # rows are not scaled where there are weights
 
     def measured(self, tail: bool) -> dict[str, Tensor]:
         """Return what all rows gave.
 
-        A path reaches a parameter through the branch that it is in: what arrives in row k comes
+        A path reaches a weight through the branch that it is in: what arrives in row k comes
         from paths with k - 1 branches above it.
 
         Args:
             tail: Whether the last row is the tail.
 
         Returns:
-            parameter_norms: [L, K].
-            parameter_tails: [L].
+            weight_norms: [L, K].
+            weight_tails: [L].
         """
         norms = torch.stack(self._rows, dim=1).exp2()  # [L, rows]
         kept = norms[:, :-1] if tail else norms
         last = norms[:, -1] if tail else torch.zeros_like(norms[:, 0])
-        return {"parameter_norms": kept[:, 1:], "parameter_tails": last}
+        return {"weight_norms": kept[:, 1:], "weight_tails": last}

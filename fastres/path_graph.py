@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
-from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 Key = tuple[Node, int]  # an edge, comparable: which output of which node
@@ -40,21 +40,26 @@ def _above(edges: Iterable[GradientEdge], known: dict[Key, None] | None = None) 
 
 def cuts(top: GradientEdge, bottom: GradientEdge) -> set[Node]:
     """Return the nodes through which every way from top down to bottom goes."""
-    graph = {node for node, _ in _above([top])}
-    ordered = sorted(graph, key=_created)
-    leading = {bottom.node}  # to the bottom
-    for node in ordered:
-        if any(next_node in leading for next_node, _ in node.next_functions):
-            leading.add(node)
+    ordered = sorted(_leading([top], bottom), key=_created)
+    leading = set(ordered)
     found: set[Node] = set()
     open_ways: set[Node] = {top.node}  # what the nodes so far lead to
     for node in reversed(ordered):
-        if node in open_ways and node in leading:
+        if node in open_ways:
             if len(open_ways) == 1:
                 found.add(node)
             open_ways.remove(node)
             open_ways |= {way for way, _ in node.next_functions if way in leading}
     return found
+
+
+def _leading(tops: Iterable[GradientEdge], bottom: GradientEdge) -> set[Node]:
+    """Return the nodes on the ways from the tops down to the bottom."""
+    leading = {bottom.node}
+    for node in sorted({node for node, _ in _above(tops)}, key=_created):
+        if any(way in leading for way, _ in node.next_functions):
+            leading.add(node)
+    return leading
 
 
 def _created(node: Node) -> int:
@@ -68,32 +73,41 @@ def nodes(edge: GradientEdge) -> Iterator[Node]:
     yield from dict.fromkeys(node for node, _ in _above([edge]))
 
 
-def branch_parameters(
-    blocks: Iterable[tuple[int, GradientEdge | None, GradientEdge]], wanted: Iterable[Tensor]
-) -> dict[int, int]:
-    """Tell in whose branch each parameter is used.
+def branch_weights(
+    blocks: Sequence[tuple[int, GradientEdge | None, GradientEdge]], bottom: GradientEdge
+) -> list[tuple[int, GradientEdge]]:
+    """Find the weights that each branch uses: what enters it and does not depend on the bottom.
+
+    That is a parameter or what was made of parameters alone, such as a slice of one.
 
     Args:
         blocks: Level, skip and branch of each block, in the order in which they ran. The level is
             the number of other branches that it lies in.
-        wanted: The parameters.
+        bottom: What is differentiated by.
 
     Returns:
-        id of a parameter -> position of its block. A parameter of a nested block belongs to the
-        inner one, a parameter of several blocks to the first. Those of no branch are absent.
+        Position of the block and place of the weight, for every weight. One used in a nested block
+        belongs to the inner one, one used in several blocks to the first.
     """
-    owner: dict[int, int] = {}
-    ids = {id(parameter) for parameter in wanted}
+    stream = _leading([branch for _, _, branch in blocks], bottom)
+    owner: dict[Key, int] = {}
     levels: dict[int, dict[Key, None]] = {}  # what earlier blocks of a level have come by
     for position, (level, skip, branch) in enumerate(blocks):
         known = levels.setdefault(level, {})
         if skip is not None:
             _above([skip], known)
         for node, _ in _above([branch], known):
-            parameter = getattr(node, "variable", None)
-            if id(parameter) in ids:
-                owner.setdefault(id(parameter), position)
-    return owner
+            if node in stream and node is not bottom.node:
+                for way, nr in node.next_functions:
+                    if way is not None and way not in stream:
+                        owner.setdefault((way, nr), position)
+    return [(position, GradientEdge(*key)) for key, position in owner.items()]
+
+
+def size_of(edge: GradientEdge) -> int:
+    """Return the bytes of the tensor at an edge."""
+    facts = edge.node._input_metadata[edge.output_nr]
+    return math.prod(facts.shape) * facts.dtype.itemsize
 
 
 def mixes_samples(edge: GradientEdge) -> bool:

@@ -18,10 +18,11 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from fastres.path_chunks import Chunk, Held, Roots, backward
 from fastres.path_forward import Forward
+from fastres.path_graph import size_of
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Rows:
     first: int  # number of the first of them
     exponents: list[int]  # [rows]: what is held is 2^exponent times the true row
     at_where: Tensor | None  # [rows, B, ...]; None: all zero
-    at_parameters: list[Tensor | None]  # [rows, ...] each
+    at_weights: list[Tensor | None]  # [rows, ...] each
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Walk:
         stays: For each row, whether it passes through branches as well as skips.
         chunk: How many rows go at once; falls to 1 where an operator cannot take more.
         signs: site -> sign of its branch; None for 1.
-        parameters: What else to differentiate by. Where there are any, rows are not scaled: one
-            parameter may be used in blocks that are scaled differently.
+        weights: What else to differentiate by. Where there are any, rows are not scaled: one
+            weight may be used in blocks that are scaled differently.
         step: Called after each chunk with its number of rows.
     """
 
@@ -52,13 +53,13 @@ class Walk:
     stays: Sequence[bool]
     chunk: int
     signs: Sequence[int] | None = None
-    parameters: Sequence[Tensor] = ()
+    weights: Sequence[GradientEdge] = ()
     step: Callable[[int], object] = lambda rows: None
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows in order."""
         blocks = self.forward.marks.blocks
-        cuts = () if self.parameters else self.forward.cuts
+        cuts = () if self.weights else self.forward.cuts
         roots, before, exponent = self.forward.roots, dict[int, Held](), 0
         first = 0
         while first < len(self.stays):
@@ -88,7 +89,7 @@ class Walk:
         stays = self.stays[first : first + self.chunk]
         limit = self.forward.marks.range / 3
         chunk = Chunk(stays, [exponent] * len(stays), before, self.signs, cuts, limit)
-        wanted = [self.forward.where, *map(get_gradient_edge, self.parameters)]
+        wanted = [self.forward.where, *self.weights]
         try:
             return chunk, backward(self.forward.marks, chunk, roots, wanted)
         except torch.OutOfMemoryError:
@@ -109,10 +110,10 @@ class Walk:
 # of 4 KB, 1.9 s at 16, 2.3 s at 64, 7.4 s at 301 (no triangle). A GPU wants more to be full.
 _FULL: Final = {"cpu": 1 << 17}
 _FULL_OTHER: Final = 1 << 25
-_MEMORY: Final = 1 << 30  # for the cotangents of a chunk: some of the largest sum, and parameters
+_MEMORY: Final = 1 << 30  # for the cotangents of a chunk: some of the largest sum, and weights
 
 
-def best_chunk(forward: Forward, rows: int, parameters: Sequence[Tensor] = ()) -> int:
+def best_chunk(forward: Forward, rows: int, weights: Sequence[GradientEdge] = ()) -> int:
     """Choose how many rows to compute at once.
 
     Rows together save calls, rows apart save work: a later pass leaves out the blocks above which
@@ -120,5 +121,5 @@ def best_chunk(forward: Forward, rows: int, parameters: Sequence[Tensor] = ()) -
     """
     size = max(1, forward.marks.largest)
     full = _FULL.get(forward.gradient.device.type, _FULL_OTHER)
-    fits = _MEMORY // (8 * size + sum(p.nbytes for p in parameters))
+    fits = _MEMORY // (8 * size + sum(map(size_of, weights)))
     return max(1, min(rows, full // size, fits))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from fastres.path_blocks import ParameterNorms, through_branches
+from fastres.path_blocks import WeightNorms, through_branches
 from fastres.path_checks import check_sum
 from fastres.path_forward import Forward
 from fastres.path_lengths import Walk, best_chunk
@@ -26,7 +27,6 @@ class Task:
 
     Attributes:
         forward: The pass, with its graph.
-        model: The model.
         longest: K, the longest length that is kept apart.
         counts: The number of paths of each length, all of them.
         chunk: Rows per backward pass; None chooses.
@@ -38,7 +38,6 @@ class Task:
     """
 
     forward: Forward
-    model: nn.Module
     longest: int
     counts: list[int]
     chunk: int | None
@@ -53,21 +52,21 @@ class Task:
         """Whether there are longer paths than those kept apart."""
         return self.longest < len(self.counts) - 1
 
-    def walk(self, stays: list[bool], parameters: Sequence[Tensor]) -> Walk:
+    def walk(self, stays: list[bool], weights: Sequence[GradientEdge]) -> Walk:
         """Prepare the computation of rows."""
-        chunk = self.chunk or best_chunk(self.forward, len(stays), parameters)
-        return Walk(self.forward, stays, chunk, parameters=parameters)
+        chunk = self.chunk or best_chunk(self.forward, len(stays), weights)
+        return Walk(self.forward, stays, chunk, weights=weights)
 
-    def lengths(self, parameters: Sequence[Tensor]) -> Walk:
+    def lengths(self, weights: Sequence[GradientEdge]) -> Walk:
         """Prepare that of all lengths up to K, and of the tail."""
-        return self.walk([False] * (self.longest + 1) + [True] * self.has_tail, parameters)
+        return self.walk([False] * (self.longest + 1) + [True] * self.has_tail, weights)
 
 
 def exact(task: Task) -> Measured:
     """Compute every G_k and the tail."""
     tally = Tally(task.forward.gradient, task.keep)
-    inside = ParameterNorms(task.forward, task.model) if task.blocks else None
-    walk = task.lengths(inside.parameters if inside else [])
+    inside = WeightNorms(task.forward) if task.blocks else None
+    walk = task.lengths(inside.places if inside else [])
     tail = torch.zeros_like(task.forward.gradient)
     with bar(task.progress, len(walk.stays), unit="length") as shown:
         walk.step = shown.update

@@ -30,7 +30,7 @@ _NEEDS = {
     "gradients": ("keep must be True, and method 'exact',", "{method!r} or keep=False"),
     **dict.fromkeys(("energy", "energy_error"), _ENERGY),
     **dict.fromkeys(("mean_norm", "mean_norm_error"), _SAMPLED),
-    **dict.fromkeys(("block_dots", "block_norms", "parameter_norms", "parameter_tails"), _BLOCK),
+    **dict.fromkeys(("block_dots", "block_norms", "weight_norms", "weight_tails"), _BLOCK),
 }
 
 _FACTS = ("method", "where", "sites", "paths", "sum_error", "mixes_samples")
@@ -219,17 +219,17 @@ class PathGradients:
         return self._get("block_norms")
 
     @property
-    def parameter_norms(self) -> Tensor:
-        """Norm of the gradient by the parameters in the branch of site l, by the length above.
+    def weight_norms(self) -> Tensor:
+        """Norm of the gradient by the weights that the branch of site l uses, by the length above.
 
         [L, K]: column k is what comes from paths with k branches between the loss and that branch.
         """
-        return self._get("parameter_norms")
+        return self._get("weight_norms")
 
     @property
-    def parameter_tails(self) -> Tensor:
+    def weight_tails(self) -> Tensor:
         """The same for all longer lengths together, [L]."""
-        return self._get("parameter_tails")
+        return self._get("weight_tails")
 
     # to look at, and to keep
 

@@ -67,7 +67,7 @@ def path_gradients(
         chunk: How many lengths to compute in one backward pass; None chooses. No result depends on
             it, but for rounding.
         by: "block" also measures, for method "exact", what goes through each branch and the norms
-            of the gradients by its parameters.
+            of the gradients by its weights. Lengths beyond the range of the type are then zero.
         draws: How many random signs ("energy") or paths per length ("sampled") to average over.
         seed: Of these.
         keep: Whether to keep the G_k themselves, [K+1, B, ...].
@@ -105,7 +105,7 @@ def path_gradients(
                 f"{where!r} and the loss, got {max_length}"
             )
         counts = path_counts(done.choices)
-        task = Task(done, model, longest, counts, chunk, by == "block", draws, seed, keep, progress)
+        task = Task(done, longest, counts, chunk, by == "block", draws, seed, keep, progress)
         measured, error = METHODS[method](task)
         return PathGradients(
             method=method,

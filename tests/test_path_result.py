@@ -102,7 +102,7 @@ def test_what_another_method_gives_says_so(method):
 def test_what_was_not_asked_for_says_so():
     with pytest.raises(RuntimeError, match=r"keep must be True, .*, got 'exact' or keep=False"):
         _ = measured().gradients
-    for name in ("block_shares", "block_norms", "parameter_norms", "parameter_tails"):
+    for name in ("block_shares", "block_norms", "weight_norms", "weight_tails"):
         with pytest.raises(RuntimeError, match="by must be 'block' to read this, got 'length'"):
             getattr(measured(), name)
 

@@ -397,18 +397,31 @@ def test_parameter_gradients_are_split_by_the_branches_above(longest, chunk):
     blocks = [torch.cat([s.flatten(1) for s in sums[4 * i : 4 * i + 4]], 1) for i in range(5)]
     paths = path_gradients(model, x, squares, longest, by="block", chunk=chunk)
     for i, rows in enumerate(blocks):
-        got = paths.parameter_norms[i]
+        got = paths.weight_norms[i]
         torch.testing.assert_close(got, rows[:longest].norm(dim=1), rtol=1e-10, atol=1e-14)
         rest = rows[longest:].sum(0).norm().item()
-        assert paths.parameter_tails[i].item() == pytest.approx(rest, rel=1e-10, abs=1e-14)
+        assert paths.weight_tails[i].item() == pytest.approx(rest, rel=1e-10, abs=1e-14)
 
 
 def test_parameters_of_a_nested_block_are_those_of_the_inner_one():
     model = nested()
     paths = path_gradients(model, vectors(), squares, by="block")
     assert paths.sites == ("1", "2.branch.1", "2.branch.2", "2", "3")
-    assert (paths.parameter_norms[:, 0] > 0).tolist() == [True, False, False, True, True]
-    assert (paths.parameter_norms[1:3, 1] > 0).all()  # the outer branch is above
+    assert (paths.weight_norms[:, 0] > 0).tolist() == [True, False, False, True, True]
+    assert (paths.weight_norms[1:3, 1] > 0).all()  # the outer branch is above
+
+
+def test_slices_of_one_parameter_are_the_weights_of_their_own_blocks():
+    torch.manual_seed(0)
+    model = ResidualMLP(3, 2, width=5, blocks=4).double()
+    paths = path_gradients(model, vectors(), squares, by="block")
+    wanted = [p for name, p in model.named_parameters() if name.startswith("stack")]
+    whole = torch.autograd.grad(squares(model(vectors())), wanted)
+    last = torch.cat([g[3].flatten() for g in whole])  # no branch is above the last one
+    torch.testing.assert_close(
+        paths.weight_norms[3], torch.stack([last.norm(), *3 * [last[0] * 0]])
+    )
+    assert (paths.weight_norms[0] > 0).all()
 
 
 # Where, and what is counted.
