@@ -2,8 +2,19 @@
 
 from fastres import nn
 from fastres.ops import Stats, residual_add
+from fastres.paths import PathGradients, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
 
-__all__ = ["Site", "Stats", "Tape", "nn", "record", "residual_add", "trace"]
+__all__ = [
+    "PathGradients",
+    "Site",
+    "Stats",
+    "Tape",
+    "nn",
+    "path_gradients",
+    "record",
+    "residual_add",
+    "trace",
+]
 __version__ = "0.1.0"
