@@ -113,7 +113,8 @@ def size_of(edge: GradientEdge) -> int:
 def mixes_samples(edge: GradientEdge) -> bool:
     """Tell whether a batch norm normalised by the statistics of its batch on the way to an edge."""
     for node in nodes(edge):
-        if "BatchNorm" in node.name() and getattr(node, "_saved_training", False):
+        alone = "SyncBatchNorm" in node.name()  # it runs in train mode only
+        if "BatchNorm" in node.name() and getattr(node, "_saved_training", alone):
             saved = getattr(node, "_saved_input", None)
             if saved is None or saved.size(0) > 1:  # instance norm calls it with one sample
                 return True

@@ -94,13 +94,13 @@ class Walk:
             return chunk, backward(self.forward.marks, chunk, roots, wanted)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # of whatever kind: alone it comes again if it is not of vmap
             if len(stays) == 1:
                 raise
             reason = str(error).partition("\n")[0]
             warnings.warn(
                 f"path_gradients: lengths are computed one at a time, not {self.chunk}: {reason}",
-                stacklevel=2,
+                stacklevel=5,
             )
             self.chunk = 1
             return self._pass(first, roots, before, exponent, cuts)

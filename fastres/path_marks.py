@@ -135,7 +135,7 @@ class Marks:
     @property
     def range(self) -> int:
         """Binary orders on either side of 1 that all the sums hold."""
-        least = max(torch.finfo(dtype).smallest_normal for dtype in self.dtypes)
+        least = max(torch.finfo(dtype).smallest_normal for dtype in self.dtypes or {torch.float32})
         return -math.frexp(least)[1]
 
     def clear(self) -> None:

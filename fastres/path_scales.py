@@ -45,5 +45,5 @@ def powers(exponents: Sequence[int], like: Tensor) -> Tensor:
     """Return 2^exponents to multiply rows with, [rows] -> [rows, 1, ...] as like is [rows, ...]."""
     most = math.frexp(torch.finfo(like.dtype).max)[1] - 1  # only rows of zeros change by more
     values = [2.0 ** max(-1000, min(most, exponent)) for exponent in exponents]
-    factors = torch.tensor(values, dtype=torch.float64).to(like.dtype)
-    return factors.to(like.device).view(-1, *[1] * (like.dim() - 1))
+    factors = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return factors.to(like.dtype).to(like.device).view(-1, *[1] * (like.dim() - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -319,3 +320,79 @@ def test_a_progress_bar_counts_the_lengths(capsys):
     assert "15/15" in capsys.readouterr().err
     run()
     assert capsys.readouterr().err == ""
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+def test_sites_under_activation_checkpointing_count_once(chunk):
+    model = switch_mlp(4)
+    inner = Checkpointed(model[1:3]), Checkpointed(model[3]), *model[4:]
+    paths = run(nn.Sequential(model[0], *inner), chunk=chunk)
+    torch.testing.assert_close(paths.norms, run(model).norms, rtol=1e-13, atol=0)
+
+
+def test_a_model_whose_sites_have_no_gradient_has_one_path():
+    class Frozen(Detached):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                frozen = self.inner(x)
+            return self.head(x) + frozen
+
+    paths = run(Frozen())
+    assert (paths.paths, paths.sites) == ((1,), ())
+    assert paths.shares.tolist() == pytest.approx([1])
+
+
+def test_a_compiled_branch_is_a_branch():
+    model = switch_mlp(3)
+    whole = run(model)
+    model[2].branch.compile(backend="aot_eager")
+    assert torch.allclose(run(model, chunk=1).norms, whole.norms)
+    with pytest.warns(UserWarning, match="lengths are computed one at a time, not 4"):
+        assert torch.allclose(run(model, chunk=4).norms, whole.norms)
+
+
+@pytest.mark.parametrize("method", ["exact", "moments", "energy", "sampled"])
+def test_the_default_device_does_not_matter(method):
+    model, x = switch_mlp(4), torch.randn(2, 3).double()
+    paths = run(model, x, torch.sum, method=method, draws=2)
+    with torch.device("meta"):
+        assert repr(run(model, x, torch.sum, method=method, draws=2)) == repr(paths)
+        assert run(model, x, torch.sum, by="block").weight_norms.device.type == "cpu"
+
+
+def test_nothing_of_the_graph_stays_in_memory():
+    model, x = switch_mlp(4), torch.randn(2, 3).double()
+
+    def measure() -> None:
+        for method in ("exact", "moments", "energy", "sampled"):
+            for chunk in (1, 3):
+                run(model, x, method=method, chunk=chunk, draws=2)
+        run(model, x, by="block")
+        with pytest.raises(ValueError, match="max_length"):
+            run(model, x, max_length=9)
+
+    def alive() -> int:
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    measure()
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        measure()
+        assert alive() == before
+    finally:
+        gc.enable()
