@@ -60,7 +60,7 @@ class WeightNorms:
         logs = torch.full(shape, -torch.inf, dtype=torch.float64, device="cpu")
         for i, (owner, g) in enumerate(zip(self._owners, rows.at_weights, strict=True)):
             if g is not None:
-                norms = torch.linalg.vector_norm(wide(g).flatten(1), dim=1).cpu().double()
+                norms = torch.linalg.vector_norm(wide(g).reshape(count, -1), dim=1).cpu().double()
                 logs[:, owner, i] = norms.log2()
         self._rows += list(log2_norm(logs))  # rows are not scaled where there are weights
 

@@ -31,13 +31,17 @@ def fit(exponents: Sequence[int], logs: Sequence[float], before: float, limit: f
         limit: How many binary orders from 1 a row may be; it leaves room for its smaller parts.
 
     Returns:
-        The exponents, [rows]: the same for rows in range, or zero, or not finite.
+        The exponents, [rows]: the same for rows in range, or not finite. A row of nothing has that
+        of the row before, from which it will get the first it has.
     """
-    chosen = []
+    chosen: list[int] = []
     for exponent, log, above in zip(exponents, logs, [before, *logs], strict=False):
         most = max(log, above)
-        far = math.isfinite(most) and abs(most + exponent) > limit
-        chosen.append(-round(most) if far else exponent)
+        if most == -math.inf and chosen:
+            chosen.append(chosen[-1])
+        else:
+            far = math.isfinite(most) and abs(most + exponent) > limit
+            chosen.append(-round(most) if far else exponent)
     return chosen
 
 

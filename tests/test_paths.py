@@ -92,6 +92,38 @@ def test_300_blocks_span_1200_orders_of_magnitude_in_float32(c, chunk):
     assert paths.sum_error < 1e-5
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_one_branch_may_shrink_by_all_that_float32_holds(chunk):
+    c = 2.0**-120
+    model = nn.Sequential(*[Scale(c) for _ in range(9)]).float()
+    paths = path_gradients(model, torch.full((2, 3), 2.0**-20), torch.sum, chunk=chunk)
+    known = [math.log2(math.comb(9, k)) - 120 * k + math.log2(6) / 2 for k in range(10)]
+    known = torch.tensor(known, dtype=torch.float64)
+    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
+
+
+class NestedScale(nn.Module):
+    """x + z + c z with z = c x: a site in the branch of another."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c, self.inner = nn.Parameter(torch.tensor(c, dtype=torch.float64)), Scale(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.c * x)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 300])
+def test_nested_blocks_keep_their_range_too(chunk):
+    c, blocks = 2.0**-13, 60
+    model = nn.Sequential(*[NestedScale(c) for _ in range(blocks)]).float()
+    paths = path_gradients(model, torch.ones(2, 3), torch.sum, chunk=chunk)
+    assert sum(paths.paths) == 3**blocks  # (1 + t + t^2)^60
+    known = [math.log2(n) - 13 * k + math.log2(6) / 2 for k, n in enumerate(paths.paths)]
+    known = torch.tensor(known, dtype=torch.float64)
+    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
+
+
 def test_norms_beyond_float32_are_right_and_that_they_cancel_is_said():
     model = nn.Sequential(*[Scale(-2.0) for _ in range(300)]).float()
     with pytest.warns(UserWarning, match=r"the lengths cancel, .* 1\.4e\+143 times"):
@@ -401,6 +433,21 @@ def test_parameter_gradients_are_split_by_the_branches_above(longest, chunk):
         torch.testing.assert_close(got, rows[:longest].norm(dim=1), rtol=1e-10, atol=1e-14)
         rest = rows[longest:].sum(0).norm().item()
         assert paths.weight_tails[i].item() == pytest.approx(rest, rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_a_weight_of_several_blocks_has_the_sum_of_its_uses(chunk):
+    c, blocks = 2.0**-10, 40
+    block = Scale(c)
+    model = nn.Sequential(*[block] * blocks).float()
+    paths = path_gradients(model, torch.ones(2, 3), torch.sum, by="block", chunk=chunk)
+    # in block i it multiplies (1 + c)^i, and j of the others above it are gone through
+    known = [
+        sum((1 + c) ** i * math.comb(blocks - 1 - i, j) * c**j for i in range(blocks)) * 6
+        for j in range(8)
+    ]
+    assert paths.weight_norms[0, :8].tolist() == pytest.approx(known, rel=1e-5)
+    assert not paths.weight_norms[1:].any()
 
 
 def test_parameters_of_a_nested_block_are_those_of_the_inner_one():
