@@ -45,3 +45,25 @@ def residual_add(
         TypeError: If a dtype is another.
         ValueError: If a shape or layout is another.
     """
+
+def mlp_stack(
+    x: Array, w1: Array, b1: Array, w2: Array, b2: Array, activation: str = "relu"
+) -> tuple[Array, NDArray[np.float32] | NDArray[np.float64]]:
+    """Run a stack of L residual blocks, x <- x + p with p = W2 act(W1 x + b1) + b2.
+
+    Args:
+        x: Stream, C-contiguous [B, D], float64, float32 or float16.
+        w1: [L, H, D], dtype of x, as are all weights.
+        b1: [L, H].
+        w2: [L, D, H].
+        b2: [L, D].
+        activation: relu, gelu (by erf), gelu_tanh, silu, tanh, sigmoid or identity.
+
+    Returns:
+        y, like x, and the sums of x*x, p*p and x*p of every block and sample, [L, 3, B], float64
+        for float64 x, else float32.
+
+    Raises:
+        TypeError: If a dtype is another.
+        ValueError: If a shape, layout or activation is another.
+    """

@@ -48,8 +48,17 @@ template <class A> struct Tile {
   FASTRES_HD friend Tile operator+(const Tile& a, const Tile& b) {
     return map([&](int i) { return a.v[i] + b.v[i]; });
   }
+  FASTRES_HD friend Tile operator-(const Tile& a, const Tile& b) {
+    return map([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  FASTRES_HD friend Tile operator-(const Tile& a) {
+    return map([&](int i) { return -a.v[i]; });
+  }
   FASTRES_HD friend Tile operator*(const Tile& a, const Tile& b) {
     return map([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  FASTRES_HD friend Tile operator/(const Tile& a, const Tile& b) {
+    return map([&](int i) { return a.v[i] / b.v[i]; });
   }
   FASTRES_HD friend Tile operator*(A a, const Tile& b) {
     return map([&](int i) { return a * b.v[i]; });

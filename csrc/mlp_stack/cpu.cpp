@@ -1,0 +1,50 @@
+// mlp_stack on the CPU: picks the kernel for the dtype and the number of samples.
+#include "cpu_backward.h"
+#include "cpu_few.h"
+#include "cpu_forward.h"
+
+namespace fastres::mlp_stack::FASTRES_ISA {
+namespace {
+
+// Runs a Pass (Forward, Chain) with as many tiles side by side as the batch fills.
+template <template <class, int> class Pass, class Args>
+void run(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
+  visit_stored(a.shape.dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr int kTiles = kWide<typename Stored<T>::A>;
+    if (kTiles == 2 && a.shape.batch > kLanes) Pass<T, kTiles>(a, row, rows, buffer).run(member);
+    else Pass<T, 1>(a, row, rows, buffer).run(member);
+  });
+}
+
+void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
+  if (are_few(a.shape))
+    visit_stored(a.shape.dtype, [&](auto t) { Few<decltype(t)>(a, buffer).run(member); });
+  else run<Forward>(a, row, rows, buffer, member);
+}
+
+}  // namespace
+
+void forward(const Args& a, int64_t row, int64_t rows, void* buffer) {
+  run_forward(a, row, rows, buffer, nullptr);
+}
+void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
+  Member member(team, wanted);
+  if (member.takes_part()) run_forward(a, 0, a.shape.batch, buffer, &member);
+}
+
+void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
+  run<Chain>(a, row, rows, buffer, nullptr);
+}
+void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
+  Member member(team, wanted);
+  if (member.takes_part()) run<Chain>(a, 0, a.shape.batch, buffer, &member);
+}
+
+void weights(const BackwardArgs& a, int64_t begin, int64_t end) {
+  visit_stored(a.shape.dtype, [&](auto t) {
+    for (int64_t task = begin; task < end; ++task) weight_task<decltype(t)>(a, task);
+  });
+}
+
+}  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -1,0 +1,88 @@
+// mlp_stack on the CPU: how the work is cut up, and the kernels that do a piece of it.
+//
+// Samples stand in the lanes of vectors, as they stand in the threads of a GPU: a tile of samples
+// is kept feature by feature, and a weight multiplies a vector of samples. So the weights are read
+// as they are, with nothing to pack and no packing to go stale; sums over features need no
+// horizontal step, and no size needs padding. A tile goes through all blocks on one thread; where
+// there are too few samples for that, all threads take the same tile and share out the rows of
+// every product.
+#pragma once
+#include <atomic>
+
+#include "../common/isa.h"
+#include "kernel.h"
+
+namespace fastres::mlp_stack {
+
+// Rows of a product that are done at a time, and whose share of a sum is added up first: the same
+// for any number of threads, and so are the bits of the sums. 32 rows of 64 weights: 2048
+// multiply-adds of a vector, ten times what it costs two threads to agree on the next step.
+constexpr int64_t kChunk = 32;
+constexpr int64_t kLargestGroup = 32;  // samples side by side in vectors; 16 in the narrow case
+
+// Threads that go through one tile together: those that have come when the first of them begins.
+// Whoever comes later goes away again, so that all who wait for one another are at work.
+struct Team {
+  static constexpr int kMost = 64;
+  struct alignas(128) Step {  // two lines: neighbours are fetched in pairs
+    std::atomic<int64_t> done{0};
+  };
+  std::atomic<int> joined{0}, size{0};
+  Step steps[kMost];  // of each member
+};
+
+// Threads that share one tile, or 1.
+inline int members_for(const Shape& s, int64_t threads) {
+  if (ceil_div(s.batch, kLargestGroup) >= threads) return 1;
+  const int64_t chunks = ceil_div(s.width < s.hidden ? s.hidden : s.width, kChunk);
+  const int64_t most = chunks < Team::kMost ? chunks : Team::kMost;
+  return static_cast<int>(threads < most ? threads : most);
+}
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
+
+// From one feature of all samples to the next: the batch in whole groups, and 16 more, so that the
+// features of a group do not all fall on the same few sets of a cache where the batch is 1024.
+inline int64_t feature_stride(int64_t batch) {
+  return round_up(batch, batch > 16 ? kLargestGroup : 16) + 16;
+}
+
+// Bytes of the accumulate type that a tile of `rows` samples needs: stream, branch, sums.
+inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
+  const int64_t chunks = ceil_div(s.width, kChunk);
+  return round_up(rows, kLargestGroup) * (s.width + s.hidden + 3 * chunks) *
+         (s.dtype == Dtype::kFloat64 ? 8 : 4);
+}
+inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
+  const int64_t chunks = ceil_div(s.width, kChunk) + ceil_div(s.hidden, kChunk);
+  return round_up(rows, kLargestGroup) * (2 * s.width + chunks) *
+         (s.dtype == Dtype::kFloat64 ? 8 : 4);
+}
+
+// Samples [row, row + rows) through all blocks of the arguments; or all samples, by a team of which
+// `wanted` members are expected. buffer: forward_tile_bytes, on a boundary of 64 bytes.
+FASTRES_CPU_KERNEL(forward, const Args&, int64_t row, int64_t rows, void* buffer)
+FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int wanted)
+
+// On the CPU the scratch of a backward pass is what the chain leaves for the weight gradients, of
+// each block: gate * g [D, feature_stride], dz [H, feature_stride] and h [batch, H].
+inline int64_t left_size(const Shape& s) {
+  return feature_stride(s.batch) * (s.width + s.hidden) + round_up(s.batch * s.hidden, 16);
+}
+inline int64_t scratch_bytes(const Args&) { return 0; }
+inline int64_t scratch_bytes(const BackwardArgs& a) {
+  return (a.last - a.first) * left_size(a.shape) * (a.shape.dtype == Dtype::kFloat64 ? 8 : 4);
+}
+
+// Likewise downwards; buffer: chain_tile_bytes.
+FASTRES_CPU_KERNEL(chain, const BackwardArgs&, int64_t row, int64_t rows, void* buffer)
+FASTRES_CPU_KERNEL(chain_together, const BackwardArgs&, void* buffer, Team& team, int wanted)
+
+// Weight gradients: tasks [begin, end) of weight_tasks.
+inline int64_t weight_tasks(const BackwardArgs& a) {
+  const int64_t sets = a.shape.shared ? 1 : a.last - a.first;
+  return sets * (ceil_div(a.shape.width, kChunk) + ceil_div(a.shape.hidden, kChunk));
+}
+FASTRES_CPU_KERNEL(weights, const BackwardArgs&, int64_t begin, int64_t end)
+
+}  // namespace fastres::mlp_stack

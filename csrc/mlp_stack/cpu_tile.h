@@ -1,0 +1,127 @@
+// cpu_tile: a tile of samples on its way through the blocks, and the order of the steps.
+#pragma once
+#include <thread>
+
+#include "cpu_product.h"
+
+namespace fastres::mlp_stack::FASTRES_ISA {
+
+// Where a tile's samples stand: `rows` of them from sample `row`, in groups side by side.
+template <int kTiles> struct Groups {
+  static constexpr int64_t kLanesOfGroup = kTiles * kLanes;
+  int64_t row, rows, count;
+  Groups(int64_t row, int64_t rows) : row(row), rows(rows), count(ceil_div(rows, kLanesOfGroup)) {}
+  int64_t lanes() const { return count * kLanesOfGroup; }
+  int64_t first(int64_t group) const { return row + group * kLanesOfGroup; }
+  int64_t size(int64_t group) const {  // samples in the group
+    return least(kLanesOfGroup, rows - group * kLanesOfGroup);
+  }
+};
+
+template <class A> A gate_of(const Weights& w, int64_t block, int64_t sample) {
+  if (!w.gate) return A(1);
+  return static_cast<const A*>(w.gate)[block * w.gate_block_stride + sample * w.gate_row_stride];
+}
+
+// The gate of a block for the samples of a group.
+template <class A, int kTiles> struct GateTiles {
+  Tile<A> v[kTiles];
+  GateTiles(const Weights& w, int64_t block, int64_t first, int64_t size) {
+    alignas(64) A each[kTiles * kLanes];
+    for (int64_t i = 0; i < kTiles * kLanes; ++i)
+      each[i] = i < size ? gate_of<A>(w, block, first + i) : A(1);
+    for (int t = 0; t < kTiles; ++t) v[t] = Stored<A>::load(each + t * kLanes);
+  }
+};
+
+// The three sums of an add, over 16 samples or over 16 features.
+template <class A> struct SumTiles {
+  Tile<A> skip_sq{}, branch_sq{}, dot{};
+  FASTRES_HD void add(const Tile<A>& x, const Tile<A>& p) {
+    skip_sq += x * x;
+    branch_sq += p * p;
+    dot += x * p;
+  }
+};
+
+// Element `at` of a tensor of stored elements.
+template <class T> const T* in(const void* p, int64_t at) { return static_cast<const T*>(p) + at; }
+template <class T> T* in(void* p, int64_t at) { return static_cast<T*>(p) + at; }
+
+// The rows of a matrix that one chunk of work does.
+struct Chunk {
+  int64_t number, first, size;
+  Chunk(int64_t number, int64_t rows)
+      : number(number), first(number * kChunk), size(least(kChunk, rows - first)) {}
+};
+
+// One thread's part in a team.
+class Member {
+ public:
+  // wanted: how many are expected.
+  Member(Team& team, int wanted) : team_(team), index_(team.joined.fetch_add(1)) {
+    if (index_ == 0) {
+      // 10,000 looks, some 0.3 ms: a thread that sleeps has come by then, if it comes at all.
+      for (int i = 0; i < 10000 && team.joined.load() < wanted; ++i) pause();
+      team.size.store(team.joined.exchange(Team::kMost));
+    } else if (index_ < wanted) {
+      wait([&] { return team.size.load() > 0; });
+    }
+    size_ = team.size.load();
+  }
+  bool takes_part() const { return index_ < size_; }
+  // The chunks of `count` that are this member's: the same in every block, so that the rows that it
+  // writes stay in its core.
+  int64_t begin(int64_t count) const { return count * index_ / size_; }
+  int64_t end(int64_t count) const { return count * (index_ + 1) / size_; }
+  // Ends a step: returns when all have.
+  void meet() {
+    team_.steps[index_].done.store(++step_, std::memory_order_release);
+    for (int m = 0; m < size_; ++m)
+      wait([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
+  }
+  bool first() const { return index_ == 0; }
+
+ private:
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+  template <class Condition> static void wait(const Condition& condition) {
+    for (int spins = 0; !condition(); ++spins) {
+      pause();
+      if (spins > 10000) std::this_thread::yield();  // some member has lost its core
+    }
+  }
+  Team& team_;
+  const int index_;
+  int size_ = 0;
+  int64_t step_ = 0;
+};
+
+// Runs begin(); then for every block first(block, chunk) for n1 chunks and second(block, chunk) for
+// n2; then end(). Every step sees all that the step before it wrote. With a team the chunks of a
+// step are shared out.
+template <class Begin, class First, class Second, class End>
+void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begin& begin,
+              const First& first, const Second& second, const End& end) {
+  const auto meet = [&] {
+    if (member) member->meet();
+  };
+  const auto share = [&](int64_t block, int64_t count, const auto& body) {
+    const int64_t last = member ? member->end(count) : count;
+    for (int64_t chunk = member ? member->begin(count) : 0; chunk < last; ++chunk)
+      body(block, chunk);
+    meet();
+  };
+  if (!member || member->first()) begin();
+  meet();
+  for (int64_t block = 0; block < blocks; ++block) {
+    share(block, n1, first);
+    share(block, n2, second);
+  }
+  if (!member || member->first()) end();
+}
+
+}  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -1,0 +1,301 @@
+// mlp_stack as operators: schemas, checks, outputs, and the walk over segments of blocks backwards.
+#include "../common/op.h"
+
+#include "kernel.h"
+#if !defined(FASTRES_CUDA)
+#include <array>
+#include <memory>
+#include <new>
+
+#include "../common/numpy.h"
+#include "cpu.h"
+#endif
+
+namespace fastres::mlp_stack {
+namespace {
+
+constexpr const char* kName = "mlp_stack";
+
+#if defined(FASTRES_CUDA)
+void run(const Args& a, const Tensor& x) {
+  on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
+}
+void run(const BackwardArgs& a, const Tensor& x) {
+  on_stream_of(x, [&](void* stream) {
+    launch_cuda_chain(a, stream);
+    if (a.gw1) launch_cuda_weights(a, stream);
+  });
+}
+#else
+struct Buffer {  // on a boundary of a cache line
+  explicit Buffer(int64_t bytes)
+      : data(::operator new(bytes, std::align_val_t(64)),
+             [](void* p) { ::operator delete(p, std::align_val_t(64)); }) {}
+  std::unique_ptr<void, void (*)(void*)> data;
+};
+
+// Passes all samples through `alone`(row, rows, buffer), tile by tile, where all threads find one;
+// else through `together`(buffer, team, members), as one tile.
+template <class Bytes, class Alone, class Together>
+void for_tiles(const Shape& s, const Bytes& bytes, const Alone& alone, const Together& together) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t groups = ceil_div(s.batch, kLargestGroup);
+  if (const int members = members_for(s, threads); members > 1) {
+    const Buffer buffer(bytes(s, s.batch));
+    Team team;
+    torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+      // Where there is one thread after all it gets the whole range.
+      together(buffer.data.get(), team, end - begin == members ? 1 : members);
+    });
+    return;
+  }
+  // 512 KiB: with the weights of a chunk in the second cache of a core.
+  const int64_t most = std::max<int64_t>(1, (512 << 10) / bytes(s, kLargestGroup));
+  const int64_t tiles = threads * ceil_div(groups, threads * most);  // as many for each thread
+  const int64_t rows = ceil_div(groups, tiles) * kLargestGroup;
+  torch::stable::parallel_for(0, ceil_div(s.batch, rows), 1, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(bytes(s, rows));
+    for (int64_t row = begin * rows; row < std::min(end * rows, s.batch); row += rows)
+      alone(row, std::min(rows, s.batch - row), buffer.data.get());
+  });
+}
+
+void run(const Args& a) {
+  for_tiles(
+      a.shape, forward_tile_bytes,
+      [&](int64_t row, int64_t rows, void* buffer) {
+        forward_for_this_cpu()(a, row, rows, buffer);
+      },
+      [&](void* buffer, Team& team, int members) {
+        forward_together_for_this_cpu()(a, buffer, team, members);
+      });
+}
+void run(const BackwardArgs& a) {
+  for_tiles(
+      a.shape, chain_tile_bytes,
+      [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
+      [&](void* buffer, Team& team, int members) {
+        chain_together_for_this_cpu()(a, buffer, team, members);
+      });
+  if (a.gw1)
+    torch::stable::parallel_for(0, weight_tasks(a), 1, [&](int64_t begin, int64_t end) {
+      weights_for_this_cpu()(a, begin, end);
+    });
+}
+template <class Any> void run(const Any& args, const Tensor&) { run(args); }
+#endif
+
+// The six inputs of a call, checked, contiguous where the kernels want it.
+struct Inputs {
+  Tensor x, w1, b1, w2, b2;
+  OptionalTensor gate;
+  Shape shape;
+  ScalarType wide;
+
+  Inputs(const Tensor& x_given, const Tensor& w1_given, const Tensor& b1_given,
+         const Tensor& w2_given, const Tensor& b2_given, const OptionalTensor& gate_given,
+         int64_t blocks, int64_t activation, bool tf32)
+      : x(torch::stable::contiguous(x_given)),
+        w1(torch::stable::contiguous(w1_given)),
+        b1(torch::stable::contiguous(b1_given)),
+        w2(torch::stable::contiguous(w2_given)),
+        b2(torch::stable::contiguous(b2_given)),
+        gate(gate_given) {
+    STD_TORCH_CHECK(x.dim() == 2 && w1.dim() == 3, kName, ": x must be [B, D] and w1 [L, H, D]");
+    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGeluTanh),
+                    kName, ": activation must be the number of one, got ", activation);
+    const Dtype dtype = dtype_of(kName, "x", x);
+    const int64_t sets = w1.size(0), hidden = w1.size(1), width = x.size(1);
+    STD_TORCH_CHECK(blocks >= 0 && (sets == blocks || sets == 1), kName,
+                    ": w1 must have 1 or blocks sets of weights, got ", sets);
+    const ScalarType type = x.scalar_type();
+    check_small(kName, "w1", w1, {sets, hidden, width}, type, x);
+    check_small(kName, "b1", b1, {sets, hidden}, type, x);
+    check_small(kName, "w2", w2, {sets, width, hidden}, type, x);
+    check_small(kName, "b2", b2, {sets, width}, type, x);
+    STD_TORCH_CHECK(width > 0 && hidden > 0, kName, ": x and w1 must have features");
+    wide = accumulate_type(dtype);
+    if (gate) check_small(kName, "gate", *gate, {blocks, x.size(0)}, wide, x);
+    shape = Shape{x.size(0),      width, hidden, blocks, dtype, static_cast<Activation>(activation),
+                  sets != blocks, tf32};
+  }
+
+  Weights weights() const {
+    return {w1.const_data_ptr(),       b1.const_data_ptr(), w2.const_data_ptr(),
+            b2.const_data_ptr(),       data_or_null(gate),  gate ? gate->stride(0) : 0,
+            gate ? gate->stride(1) : 0};
+  }
+};
+
+Tensor scratch_of(const Tensor& like, int64_t bytes) {
+  return on_large_pages(uninitialized(like, {bytes}, ScalarType::Byte));
+}
+
+void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1,
+                                           const Tensor& w2, const Tensor& b2,
+                                           const OptionalTensor& gate, int64_t blocks,
+                                           int64_t activation, int64_t every, bool stats,
+                                           bool tf32) {
+  const Inputs in(x, w1, b1, w2, b2, gate, blocks, activation, tf32);
+  const Shape& s = in.shape;
+  Tensor y = uninitialized_like(in.x);
+  Tensor sums =
+      stats ? uninitialized(x, {blocks, 3, s.batch}, in.wide) : uninitialized(x, {0}, in.wide);
+  Tensor states = every ? on_large_pages(uninitialized(
+                              x, {ceil_div(blocks, every), s.batch, s.width}, x.scalar_type()))
+                        : uninitialized(x, {0}, x.scalar_type());
+  Args args{s,
+            in.weights(),
+            0,
+            blocks,
+            in.x.const_data_ptr(),
+            y.mutable_data_ptr(),
+            data_if(every, states),
+            std::max<int64_t>(every, 1),
+            data_if(stats, sums)};
+  const Tensor scratch = scratch_of(x, scratch_bytes(args));
+  args.scratch = scratch.mutable_data_ptr();
+  if (s.batch) run(args, x);
+  return {y, sums, states};
+}
+
+// 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
+constexpr int64_t kLeftBytes = 2 << 20;
+
+// Blocks whose backward pass is one segment: those between two saved states, or as many as leave
+// kLeftBytes.
+int64_t segment_of(const Shape& s, int64_t every) {
+  if (every > 1) return every;
+  const int64_t each = scratch_bytes(BackwardArgs{s, {}, 0, 1});
+  return std::min(s.blocks, std::max<int64_t>(1, kLeftBytes / std::max<int64_t>(each, 1)));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& gy, const OptionalTensor& gstates, const Tensor& states, const Tensor& w1,
+    const Tensor& b1, const Tensor& w2, const Tensor& b2, const OptionalTensor& gate,
+    int64_t blocks, int64_t activation, int64_t every, bool weights, bool gate_grad, bool tf32) {
+  const Inputs in(gy, w1, b1, w2, b2, gate, blocks, activation, tf32);
+  const Shape& s = in.shape;
+  const ScalarType type = gy.scalar_type();
+  STD_TORCH_CHECK(every >= 1 && states.dim() == 3 && states.size(0) == ceil_div(blocks, every),
+                  kName, ": states must have one state for every ", every, " blocks");
+  const OptionalTensor given = contiguous(gstates);
+  const Tensor kept = torch::stable::contiguous(states);
+
+  Tensor g = uninitialized(gy, {s.batch, s.width}, in.wide);  // becomes gx
+  torch::stable::copy_(g, in.x);
+  Tensor recomputed =
+      every > 1 ? uninitialized(gy, {every, s.batch, s.width}, type) : uninitialized(gy, {0}, type);
+  Tensor grads[4];
+  const Tensor* const of[4] = {&in.w1, &in.b1, &in.w2, &in.b2};
+  for (int i = 0; i < 4; ++i) {
+    grads[i] =
+        weights ? on_large_pages(empty_strided(gy, of[i]->sizes().data(), of[i]->strides().data(),
+                                               of[i]->dim(), s.shared ? in.wide : type))
+                : uninitialized(gy, {0}, type);
+    if (weights && (s.batch == 0 || blocks == 0)) torch::stable::zero_(grads[i]);
+  }
+  Tensor ggate =
+      gate_grad ? uninitialized(gy, {blocks, s.batch}, in.wide) : uninitialized(gy, {0}, in.wide);
+  const int64_t state_bytes = s.batch * s.width * size_of(s.dtype);
+  const auto state = [&](const Tensor& t, int64_t i) {
+    return static_cast<char*>(t.mutable_data_ptr()) + i * state_bytes;
+  };
+  // Down the blocks, segment by segment.
+  const int64_t segment = segment_of(s, every);
+  const Args again{s, in.weights(), 0, segment};
+  const BackwardArgs down{s, in.weights(), 0, segment};
+  const Tensor scratch = scratch_of(gy, std::max(scratch_bytes(again), scratch_bytes(down)));
+  for (int64_t last = s.batch ? blocks : 0, first; last > 0; last = first) {
+    first = (last - 1) / segment * segment;
+    if (every > 1)
+      run(Args{s, in.weights(), first, last, state(kept, first / every), nullptr,
+               state(recomputed, 0), 1, nullptr, scratch.mutable_data_ptr()},
+          gy);
+    run(BackwardArgs{s, in.weights(), first, last,
+                     every > 1 ? state(recomputed, 0) : state(kept, first), g.mutable_data_ptr(),
+                     given ? state(*given, first) : nullptr, data_if(gate_grad, ggate),
+                     data_if(weights, grads[0]), data_if(weights, grads[1]),
+                     data_if(weights, grads[2]), data_if(weights, grads[3]), last < blocks,
+                     scratch.mutable_data_ptr()},
+        gy);
+  }
+  const auto narrowed = [&](const Tensor& t) {
+    if (t.scalar_type() == type) return t;
+    Tensor copy = empty_strided(t, t.sizes().data(), t.strides().data(), t.dim(), type);
+    return torch::stable::copy_(copy, t);
+  };
+  return {narrowed(g),        narrowed(grads[0]), narrowed(grads[1]),
+          narrowed(grads[2]), narrowed(grads[3]), ggate};
+}
+
+#if !defined(FASTRES_CUDA)
+constexpr std::array<const char*, 7> kActivations = {"identity", "relu", "tanh",     "sigmoid",
+                                                     "silu",     "gelu", "gelu_tanh"};
+
+// y, sums = mlp_stack(x, w1, b1, w2, b2, activation="relu") on C-contiguous arrays.
+py::tuple on_arrays(const py::object& x_given, const py::object& w1_given,
+                    const py::object& b1_given, const py::object& w2_given,
+                    const py::object& b2_given, const std::string& activation) {
+  const auto known = std::find(kActivations.begin(), kActivations.end(), activation);
+  if (known == kActivations.end())
+    throw py::value_error(
+        numpy::message(kName, "activation", "be the name of one", py::str(activation)));
+  const py::array x = numpy::as_array(kName, "x", x_given);
+  const py::array weights[4] = {
+      numpy::as_array(kName, "w1", w1_given), numpy::as_array(kName, "b1", b1_given),
+      numpy::as_array(kName, "w2", w2_given), numpy::as_array(kName, "b2", b2_given)};
+  const Dtype dtype = numpy::check_array(kName, "x", x);
+  if (x.ndim() != 2 || weights[0].ndim() != 3)
+    throw py::value_error(
+        numpy::message(kName, "w1", "have shape [L, H, D] and x [B, D]", weights[0].attr("shape")));
+  const int64_t blocks = weights[0].shape(0), hidden = weights[0].shape(1), width = x.shape(1);
+  const std::vector<py::ssize_t> shapes[4] = {
+      {blocks, hidden, width}, {blocks, hidden}, {blocks, width, hidden}, {blocks, width}};
+  const char* const names[4] = {"w1", "b1", "w2", "b2"};
+  for (int i = 0; i < 4; ++i)
+    numpy::check_like(kName, names[i], weights[i], py::array(x.dtype(), shapes[i]));
+  const Shape s{x.shape(0), width, hidden,
+                blocks,     dtype, static_cast<Activation>(known - kActivations.begin()),
+                false,      false};
+  py::array y = numpy::empty_like(x),
+            sums(numpy::accumulate_type(dtype), std::vector<py::ssize_t>{blocks, 3, s.batch});
+  const Weights w{weights[0].data(), weights[1].data(), weights[2].data(), weights[3].data()};
+  const Args args{s, w, 0, blocks, x.data(), y.mutable_data(), nullptr, 1, sums.mutable_data()};
+  {
+    const py::gil_scoped_release released;
+    if (s.batch) run(args);
+  }
+  return py::make_tuple(y, sums);
+}
+
+const numpy::Entry entry([](py::module_& m) {
+  m.def(kName, &on_arrays, py::arg("x"), py::arg("w1"), py::arg("b1"), py::arg("w2"), py::arg("b2"),
+        py::arg("activation") = "relu",
+        "y, sums = mlp_stack(x, w1, b1, w2, b2): L residual blocks x += W2 act(W1 x + b1) + b2, "
+        "and the [L, 3, B] sums of x*x, p*p, x*p of each, with p what the block adds");
+});
+#endif
+
+}  // namespace
+}  // namespace fastres::mlp_stack
+
+#if defined(FASTRES_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
+  m.def(
+      "_mlp_stack(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gate, int blocks, "
+      "int activation, int every, bool stats, bool tf32) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_mlp_stack_backward(Tensor gy, Tensor? gstates, Tensor states, Tensor w1, Tensor b1, "
+      "Tensor w2, Tensor b2, Tensor? gate, int blocks, int activation, int every, bool weights, "
+      "bool gate_grad, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+#endif
+  m.impl("_mlp_stack", TORCH_BOX(&fastres::mlp_stack::forward));
+  m.impl("_mlp_stack_backward", TORCH_BOX(&fastres::mlp_stack::backward));
+}

@@ -1,0 +1,102 @@
+"""The elementary functions of tiles, and the activations made of them, against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_on_cpu import build
+
+from fastres.ops import native
+from fastres.ops.mlp_stack_blocks import ACTIVATIONS, CODES
+
+SOURCE = Path(__file__).with_name("tile_math.cpp")
+FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+EXACT = {0: torch.exp, 1: torch.tanh, 2: torch.erf}
+
+
+def sets() -> list[str]:
+    """Instruction sets that this CPU has, by what the library found."""
+    if native.C is None or platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    order = list(FLAGS)
+    return order[: order.index(native.C.build_info()["isa_in_use"]) + 1]
+
+
+@pytest.fixture(scope="module", params=sets())
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
+    made = tmp_path_factory.mktemp("tile_math") / f"{request.param}.so"
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-DFASTRES_ISA={request.param}"]
+    build.run([build.COMPILER, *options, *FLAGS[request.param], str(SOURCE), "-o", str(made)])
+    return ctypes.CDLL(str(made))
+
+
+def call(function, which: int, given: np.ndarray, outputs: int) -> list[np.ndarray]:
+    out = [np.empty_like(given) for _ in range(outputs)]
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (given, *out)]
+    function(ctypes.c_int(which), *pointers, ctypes.c_int64(given.size))
+    return out
+
+
+def every_kind_of_float32() -> np.ndarray:
+    """Every 1021st of all bit patterns: both signs, denormals, infinities and NaN included."""
+    bits = np.arange(0, 2**32, 1021, dtype=np.uint64).astype(np.uint32)
+    edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 88.7, 88.8, -87.4, -103.9, -104.5], "f4")
+    values = np.concatenate([bits.view(np.float32), edges, np.linspace(-12, 12, 99991, dtype="f4")])
+    return np.resize(values, values.size // 16 * 16 + 16)
+
+
+@pytest.mark.parametrize("which", EXACT, ids=["exp", "tanh", "erf"])
+def test_float32_functions_are_within_two_units_in_the_last_place(library, which: int) -> None:
+    given = every_kind_of_float32()
+    (got,) = call(library.function32, which, given, 1)
+    exact = EXACT[which](torch.from_numpy(given).double()).numpy()
+    with np.errstate(over="ignore"):
+        nearest = exact.astype(np.float32)
+    special = ~np.isfinite(nearest)
+    np.testing.assert_array_equal(got[special], nearest[special])
+    unit = np.spacing(np.abs(nearest[~special])).astype(np.float64)
+    assert (np.abs(got[~special] - exact[~special]) / unit).max() <= 2
+
+
+@pytest.mark.parametrize("which", EXACT, ids=["exp", "tanh", "erf"])
+def test_float64_functions_are_those_of_the_c_library(library, which: int) -> None:
+    given = np.linspace(-30, 30, 4096)
+    (got,) = call(library.function64, which, given, 1)
+    torch.testing.assert_close(
+        torch.from_numpy(got), EXACT[which](torch.from_numpy(given)), rtol=1e-15, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_activations_and_their_derivatives_are_torchs(library, name: str, dtype: str) -> None:
+    given = np.linspace(-20, 20, 8192, dtype=dtype)
+    function = library.activation32 if dtype == "f4" else library.activation64
+    value, derivative = call(function, CODES[name], given, 2)
+    z = torch.from_numpy(given.astype("f8")).requires_grad_()
+    exact = ACTIVATIONS[name](z)
+    (slope,) = torch.autograd.grad(exact.sum(), z)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == "f4" else {"rtol": 1e-14, "atol": 1e-14}
+    np.testing.assert_allclose(value, exact.detach().numpy(), **tolerance)
+    np.testing.assert_allclose(derivative, slope.numpy(), **tolerance)
+
+
+def test_relu_passes_nan_on_as_torchs_does(library) -> None:
+    given = np.array([np.nan, 0.0, -0.0, -1.0, 1.0, np.inf, -np.inf, np.nan] * 2, "f4")
+    value, derivative = call(library.activation32, CODES["relu"], given, 2)
+    z = torch.from_numpy(given).requires_grad_()
+    exact = torch.relu(z)
+    (slope,) = torch.autograd.grad(exact.sum(), z)
+    np.testing.assert_array_equal(value, exact.detach().numpy())
+    np.testing.assert_array_equal(derivative, slope.numpy())

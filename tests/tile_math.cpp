@@ -1,0 +1,48 @@
+// tile_math for ctypes: its functions, and the activations of mlp_stack, on arrays of whole tiles.
+#include "../csrc/common/tile_math.h"
+#include "../csrc/mlp_stack/activation.h"
+
+namespace {
+
+using namespace fastres;
+
+template <class A, class F> void each(const A* in, A* out, int64_t count, const F& f) {
+  using namespace fastres::FASTRES_ISA;
+  for (int64_t i = 0; i < count; i += kLanes)
+    Stored<A>::store(out + i, f(Stored<A>::load(in + i)));
+}
+
+template <class A> void function(int which, const A* in, A* out, int64_t count) {
+  using M = Math<FASTRES_ISA::Tile<A>>;
+  if (which == 0) each(in, out, count, M::exp);
+  if (which == 1) each(in, out, count, M::tanh);
+  if (which == 2) each(in, out, count, M::erf);
+}
+
+template <class A>
+void activation(int which, const A* in, A* value_out, A* derivative_out, int64_t count) {
+  mlp_stack::pick_activation(static_cast<mlp_stack::Activation>(which), [&](auto picked) {
+    constexpr auto kActivation = decltype(picked)::value;
+    each(in, value_out, count, [](const auto& t) { return mlp_stack::value<kActivation>(t); });
+    each(in, derivative_out, count,
+         [](const auto& t) { return mlp_stack::derivative<kActivation>(t); });
+    return 0;
+  });
+}
+
+}  // namespace
+
+extern "C" {
+void function32(int which, const float* in, float* out, int64_t count) {
+  function(which, in, out, count);
+}
+void function64(int which, const double* in, double* out, int64_t count) {
+  function(which, in, out, count);
+}
+void activation32(int which, const float* in, float* value, float* derivative, int64_t count) {
+  activation(which, in, value, derivative, count);
+}
+void activation64(int which, const double* in, double* value, double* derivative, int64_t count) {
+  activation(which, in, value, derivative, count);
+}
+}
