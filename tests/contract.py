@@ -47,10 +47,15 @@ def largest_error(values, exact):
 
 
 class OpContract:
-    """Subclass as TestName with `op`, `reference`, `samples()` and `raw_samples(device)`."""
+    """Subclass as TestName with `op`, `reference` and the three functions below.
+
+    `reference` is the oracle in float64; `eager` is what a user would write without the operator,
+    in the dtype itself, where that is something else.
+    """
 
     op: Any
     reference: Any
+    eager: Any = None
 
     @staticmethod
     def samples():
@@ -61,12 +66,20 @@ class OpContract:
         """(overload, args) of the private operators, for opcheck."""
         raise NotImplementedError
 
+    @staticmethod
+    def exported():
+        """A sample, and of each of its arguments the dimension that is the batch, or None."""
+        raise NotImplementedError
+
+    def in_eager(self, *args, **kwargs):
+        return (type(self).eager or type(self).reference)(*args, **kwargs)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_is_no_less_exact_than_twice_eager(self, device, dtype):
         for sample in self.samples():
             args, kwargs = sample.to(device, dtype)
             ours = leaves(type(self).op(*args, **kwargs))
-            eager = leaves(type(self).reference(*args, **kwargs))
+            eager = leaves(self.in_eager(*args, **kwargs))
             wide = tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, args)
             exact = leaves(type(self).reference(*wide, **kwargs))
             unit = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
@@ -78,9 +91,9 @@ class OpContract:
     def test_gradients_are_right_twice(self, device):
         for sample in self.samples():
             args, kwargs = sample.to(device, torch.float64, requires_grad=True)
-            if args[0].numel() > 200:
-                continue
             inputs = tuple(a for a in args if isinstance(a, torch.Tensor))
+            if sum(a.numel() for a in inputs) > 400:
+                continue
             count = len(differentiable(type(self).op(*args, **kwargs)))  # y first, then the sums
 
             def call(*tensors, args=args, kwargs=kwargs, count=count):
@@ -107,10 +120,10 @@ class OpContract:
                 torch.manual_seed(1)
                 cotangents = [torch.randn(o.shape).bfloat16().to(device, o.dtype) for o in outputs]
                 inputs = [a for a in args if isinstance(a, torch.Tensor)]
-                return torch.autograd.grad(outputs, inputs, cotangents)
+                return torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
 
             exact = gradients(type(self).reference, torch.float64)
-            eager = largest_error(gradients(type(self).reference, dtype), exact)
+            eager = largest_error(gradients(self.in_eager, dtype), exact)
             bound = 2 * max(eager, torch.finfo(dtype).eps)
             assert largest_error(gradients(type(self).op, dtype), exact) <= bound, sample.name
 
@@ -157,6 +170,22 @@ class OpContract:
                 got, torch.stack([torch.func.grad(loss)(x) for x in stacked])
             )
 
+    def test_a_derivative_sees_through_a_vmap(self, device):
+        for sample in self.samples():
+            args, kwargs = sample.to(device, torch.float64)
+            if not 0 < args[0].numel() <= 40:
+                continue
+
+            def loss(fn, x, args=args, kwargs=kwargs):
+                return vmap(lambda x: fn(x, *args[1:], **kwargs)[0])(x).square().sum()
+
+            stacked = torch.stack([args[0], -args[0]])
+            got, expected = (
+                torch.func.grad(lambda x, fn=fn, loss=loss: loss(fn, x))(stacked)
+                for fn in (type(self).op, type(self).reference)
+            )
+            torch.testing.assert_close(got, expected)
+
     def test_hessian_equals_the_reference(self, device):
         for sample in self.samples():
             args, kwargs = sample.to(device, torch.float64)
@@ -186,26 +215,34 @@ class OpContract:
                 torch.testing.assert_close(got, expected)
             inputs = [a for a in args if isinstance(a, torch.Tensor)]
             for got, expected in zip(
-                torch.autograd.grad([t.sum() for t in differentiable(ours)], inputs),
-                torch.autograd.grad([t.sum() for t in differentiable(eager)], inputs),
+                *(
+                    torch.autograd.grad(
+                        [t.sum() for t in differentiable(result)], inputs, materialize_grads=True
+                    )
+                    for result in (ours, eager)
+                ),
                 strict=True,
             ):
                 torch.testing.assert_close(got, expected)
 
     def test_exports_with_a_dynamic_batch(self, device):
         op = type(self).op
+        sample, dims = self.exported()
+        args, kwargs = sample.to(device, torch.float32)
 
         class Model(torch.nn.Module):
-            def forward(self, x, f):
-                y, stats = op(x, f, relu=True)
+            def forward(self, *args):
+                y, stats = op(*args, **kwargs)
                 return y, stats.branch_sq
 
-        x, f = torch.randn(4, 6, device=device), torch.randn(4, 6, device=device)
         batch = torch.export.Dim("batch", min=2)
-        program = torch.export.export(Model(), (x, f), dynamic_shapes=({0: batch}, {0: batch}))
-        for got, expected in zip(
-            program.module()(x[:3], f[:3]), Model()(x[:3], f[:3]), strict=True
-        ):
+        shapes = tuple(None if dim is None else {dim: batch} for dim in dims)
+        program = torch.export.export(Model(), args, dynamic_shapes={"args": shapes})
+        fewer = [
+            a if dim is None else a.narrow(dim, 0, a.size(dim) - 1)
+            for a, dim in zip(args, dims, strict=True)
+        ]
+        for got, expected in zip(program.module()(*fewer), Model()(*fewer), strict=True):
             torch.testing.assert_close(got, expected)
 
     def test_two_runs_agree_bit_for_bit(self, device):

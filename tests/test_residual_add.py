@@ -61,6 +61,10 @@ class TestResidualAdd(OpContract):
     samples = staticmethod(samples)
 
     @staticmethod
+    def exported():
+        return Sample("relu", (*pair(4, 6), None, True)), (0, 0, None, None)
+
+    @staticmethod
     def raw_samples(device):
         ops = torch.ops.fastres
         image = [t.to(device) for t in pair(2, 3, 4, 5)]

@@ -1,6 +1,7 @@
 """ops: the fused operators; a file each, with docstring, reference, fake kernel and autograd."""
 
+from fastres.ops.mlp_stack import mlp_stack
 from fastres.ops.residual_add import residual_add
 from fastres.ops.stats import Stats
 
-__all__ = ["Stats", "residual_add"]
+__all__ = ["Stats", "mlp_stack", "residual_add"]

@@ -52,8 +52,9 @@ def runs_on(t: torch.Tensor) -> bool:
 
 
 def raw(name: str) -> Any:
-    """Return the raw overload fastres::<name>, or None without the compiled library.
+    """Return the raw overload fastres::<name>, or None where no loaded library has it.
 
     Raw operators know no autograd and check little: only the op's own Python file calls them.
     """
-    return getattr(torch.ops.fastres, name).default if C is not None else None
+    operator = getattr(torch.ops.fastres, name, None)
+    return None if operator is None else operator.default

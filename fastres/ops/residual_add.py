@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
-from fastres.ops.layout import DTYPES, accumulate, per_sample
+from fastres.ops.calls import check_flag, check_tensor, is_underived
+from fastres.ops.layout import accumulate, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
 
@@ -64,7 +64,9 @@ def residual_add(
         _check(x, f, gate, relu)  # names what the kernel refused
         raise
     _check(x, f, gate, relu)
-    if not native.runs_on(x):
+    compiled = torch.compiler.is_compiling()
+    transformed = not compiled and torch._C._are_functorch_transforms_active()
+    if transformed or not native.runs_on(x):  # a Function under a vmap would get no cotangent
         return reference(x, f, gate, relu, differentiable_stats=differentiable_stats)
     dtype = torch.promote_types(x.dtype, f.dtype)
     x, f = x.to(dtype), f.to(dtype)
@@ -72,10 +74,8 @@ def residual_add(
         gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device).expand(x.size(0))
     gate_grad = gate is not None and gate.requires_grad
     apply: Any
-    if torch.compiler.is_compiling():
+    if compiled:
         apply = CompiledResidualAdd.apply
-    elif torch._C._are_functorch_transforms_active():
-        apply = EagerResidualAdd.apply
     else:  # Function.apply inspects the signature of forward, 30 us a call, for functorch's sake
         apply = super(torch.autograd.Function, EagerResidualAdd).apply
     y, sums, _ = apply(x, f, gate, relu, differentiable_stats, gate_grad)
@@ -104,19 +104,13 @@ def reference(
 
 def _is_plain(x: Tensor, f: Tensor) -> bool:
     """Tell whether the raw kernel may run alone: one dtype, no derivative of any kind wanted."""
-    return (
-        FORWARD is not None
-        and x.dtype is f.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or f.requires_grad))
-        and forward_ad._current_level < 0
-        and native.runs_on(x)
-    )
+    return FORWARD is not None and x.dtype is f.dtype and is_underived(x, f) and native.runs_on(x)
 
 
 def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> None:
     """Raise the error that names the argument, the rule and the value, if there is one."""
-    _check_tensor("x", x)
-    _check_tensor("f", f)
+    check_tensor("residual_add", "x", x)
+    check_tensor("residual_add", "f", f)
     if x.dim() < 2:
         raise ValueError(f"residual_add: x must have 2 or more dimensions, got {x.dim()}")
     if f.shape != x.shape:
@@ -124,7 +118,7 @@ def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> Non
     if f.device != x.device:
         raise TypeError(f"residual_add: f must be on {x.device}, got {f.device}")
     if isinstance(gate, Tensor):
-        _check_tensor("gate", gate)
+        check_tensor("residual_add", "gate", gate)
         if gate.dim() > 0 and gate.shape != x.shape[:1]:
             raise ValueError(
                 f"residual_add: gate must have shape [] or [{x.size(0)}], got {[*gate.shape]}"
@@ -133,18 +127,4 @@ def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> Non
             raise TypeError(f"residual_add: gate must be on {x.device}, got {gate.device}")
     elif gate is not None and not isinstance(gate, Real):
         raise TypeError(f"residual_add: gate must be a number or tensor, got {type(gate).__name__}")
-    if not isinstance(relu, bool):
-        raise TypeError(f"residual_add: relu must be a bool, got {type(relu).__name__}")
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    """Raise a TypeError unless this is a dense tensor of a dtype that the kernels take."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"residual_add: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        kind = "nested" if value.is_nested else str(value.layout)
-        raise TypeError(f"residual_add: {name} must be a dense tensor, got {kind}")
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"residual_add: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
-        )
+    check_flag("residual_add", "relu", relu)

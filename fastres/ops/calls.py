@@ -1,0 +1,52 @@
+"""calls: what every operator asks of a call: are these tensors it takes, is a derivative wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastres.ops.layout import DTYPES
+
+
+def is_underived(*tensors: Tensor | None) -> bool:
+    """Tell whether no derivative of any kind is wanted: the raw operator may run alone."""
+    if forward_ad._current_level >= 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return False
+    return not torch._C._are_functorch_transforms_active() or not any(map(_is_tracked, tensors))
+
+
+def _is_tracked(t: Tensor | None) -> bool:
+    """Tell whether an outer transform of functorch differentiates t: a vmap in between hides it."""
+    if t is None:
+        return False
+    functorch = torch._C._functorch
+    while not t.requires_grad and functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t.requires_grad
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless this is a dense tensor of a dtype that the kernels take."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
+        )
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless this is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")

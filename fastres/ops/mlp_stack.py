@@ -1,0 +1,226 @@
+"""mlp_stack: L residual blocks x <- x + gate * (W2 act(W1 x + b1) + b2), with the sums of each."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fastres.ops.calls import check_flag, check_tensor, is_underived
+from fastres.ops.layout import accumulate
+from fastres.ops.mlp_stack_blocks import CODES, Add, composed
+from fastres.ops.mlp_stack_rules import FORWARD, MlpStack, has_kernel
+from fastres.ops.stats import Stats
+
+
+def mlp_stack(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gate: float | Tensor | None = None,
+    activation: str = "relu",
+    *,
+    blocks: int | None = None,
+    return_states: bool = False,
+    checkpoint: bool = False,
+) -> tuple[Tensor, Stats]:
+    """Run a stack of residual blocks in one call, and measure what each adds to the stream.
+
+    Block l computes x <- x + p with p = gate[l] * (W2[l] act(W1[l] x + b1[l]) + b2[l]). The stream
+    and all sums inside are float32, or float64 for float64.
+
+    For the backward pass it keeps the stream before every block where D <= H, before every second
+    where D > H: never more than half of what the blocks one by one would keep. Derivatives of
+    derivatives, and those of torch.func, come from the plain composition.
+
+    Args:
+        x: Stream, [B, D]; float64, float32, bfloat16 or float16.
+        w1: First weights, [L, H, D]. All weights have the dtype and device of x, any strides.
+        b1: First biases, [L, H].
+        w2: Second weights, [L, D, H].
+        b2: Second biases, [L, D].
+        gate: Scale of the branches: a number, or a tensor [], [L] or [L, B]; None: 1.
+        activation: relu, gelu (by erf), gelu_tanh, silu, tanh, sigmoid or identity.
+        blocks: Blocks to run, L. None: as many as there are weights. More than these: the weights
+            are one set, [1, ...], that every block uses.
+        return_states: Whether to return the stream before every block and after the last.
+        checkpoint: Whether to keep only every ceil(sqrt(L))-th state for the backward pass, which
+            computes the others again (Chen et al. 2016, arXiv 1604.06174, section 4.1).
+
+    Returns:
+        y [B, D], or the states [L + 1, B, D], x first, contiguous; and the Stats of x and p, each
+        [L, B], in squared units of x. The stats carry no gradients. Two runs agree bit for bit.
+
+    Raises:
+        TypeError: If an argument is no dense floating tensor, or not of the dtype and device of x;
+            or blocks is no integer, or a flag no bool.
+        ValueError: If a shape does not fit, or the activation is not known.
+
+    Example:
+        >>> w, b = torch.full((3, 2, 2), 0.5), torch.zeros(3, 2)
+        >>> y, stats = mlp_stack(torch.ones(1, 2), w, b, w, b)
+        >>> y, stats.branch_sq.flatten()
+        (tensor([[8., 8.]]), tensor([ 2.,  8., 32.]))
+    """
+    if has_torch_function_variadic(x, w1, b1, w2, b2):  # a policy watches
+        return handle_torch_function(
+            mlp_stack,
+            (x, w1, b1, w2, b2),
+            *(x, w1, b1, w2, b2, gate, activation),
+            blocks=blocks,
+            return_states=return_states,
+            checkpoint=checkpoint,
+        )
+    _check(x, (w1, b1, w2, b2), gate, activation, blocks)
+    check_flag("mlp_stack", "return_states", return_states)
+    check_flag("mlp_stack", "checkpoint", checkpoint)
+    count = w1.size(0) if blocks is None else blocks
+    gates = _expanded(gate, x, count)
+    code = CODES[activation]
+    tf32 = x.is_cuda and allows_tf32()
+    given = (x, w1, b1, w2, b2, gates)
+    underived = is_underived(*given)
+    if count == 0 or not has_kernel(x) or _is_composed(underived, given[1:5]):
+        y, sums, states = composed(*given, count, code, int(return_states))
+    elif underived:
+        y, sums, states = FORWARD(*given, count, code, int(return_states), True, tf32)
+    else:
+        every = 1 if return_states else _every(count, x.size(1), w1.size(1), checkpoint)
+        y, sums, states = _apply(*given, count, code, every, tf32, return_states)
+    return (torch.cat([states, y[None]]) if return_states else y), Stats(sums)
+
+
+def reference(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gate: float | Tensor | None = None,
+    activation: str = "relu",
+    *,
+    blocks: int | None = None,
+    return_states: bool = False,
+    checkpoint: bool = False,
+    add: Add = torch.add,
+) -> tuple[Tensor, Stats]:
+    """Compute mlp_stack in plain PyTorch: the oracle, and the fallback without the library.
+
+    `add` joins a branch to its stream, so that each add can be watched; nothing is checkpointed.
+    """
+    count = w1.size(0) if blocks is None else blocks
+    gates, code = _expanded(gate, x, count), CODES[activation]
+    y, sums, states = composed(x, w1, b1, w2, b2, gates, count, code, int(return_states), add)
+    return (torch.cat([states, y[None]]) if return_states else y), Stats(sums)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def allows_tf32() -> bool:
+    """Tell whether CUDA may round the factors of float32 products to tf32.
+
+    `allow_tf32` would raise where the newer setting was used, and torch.compile can only read that.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _every(blocks: int, width: int, hidden: int, checkpoint: bool) -> int:
+    """Decide after how many blocks the next state is kept for the backward pass.
+
+    The blocks one by one keep D + H values per sample and block, or more: half of that is a state
+    per block where D <= H, and a state per two blocks where D > H.
+    """
+    if checkpoint:
+        return max(1, math.ceil(math.sqrt(blocks)))
+    return 1 if width <= hidden else 2
+
+
+def _is_composed(underived: bool, weights: tuple[Tensor, ...]) -> bool:
+    """Tell whether torch transforms what only the plain composition can follow.
+
+    That is every derivative by torch.func or forwards, and a vmap over the weights.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return not underived and forward_ad._current_level >= 0
+    return not underived or any(map(torch._C._functorch.is_functorch_wrapped_tensor, weights))
+
+
+def _apply(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Run with autograd. Function.apply inspects its signature, 30 us, for functorch's sake."""
+    compiled = torch.compiler.is_compiling()
+    run: Any = MlpStack.apply if compiled else super(torch.autograd.Function, MlpStack).apply
+    outputs: tuple[Tensor, Tensor, Tensor] = run(*args)
+    return outputs
+
+
+def _expanded(gate: float | Tensor | None, x: Tensor, blocks: int) -> Tensor | None:
+    """View a gate as [L, B] in the accumulate dtype."""
+    if gate is None:
+        return None
+    gate = torch.as_tensor(gate, dtype=accumulate(x.dtype), device=x.device)
+    return (gate[:, None] if gate.dim() == 1 else gate).expand(blocks, x.size(0))
+
+
+def _check(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    gate: float | Tensor | None,
+    activation: str,
+    blocks: int | None,
+) -> None:
+    """Raise the error that names the argument, the rule and the value, if there is one."""
+    check_tensor("mlp_stack", "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"mlp_stack: x must have 2 dimensions, got {x.dim()}")
+    for name, weight in zip(("w1", "b1", "w2", "b2"), weights, strict=True):
+        check_tensor("mlp_stack", name, weight)
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"mlp_stack: {name} must have the dtype of x, {x.dtype}, got {weight.dtype}"
+            )
+        if weight.device != x.device:
+            raise TypeError(f"mlp_stack: {name} must be on {x.device}, got {weight.device}")
+    w1 = weights[0]
+    if w1.dim() != 3 or w1.size(2) != x.size(1):
+        raise ValueError(f"mlp_stack: w1 must have shape [L, H, {x.size(1)}], got {[*w1.shape]}")
+    sets, hidden, width = w1.shape
+    if hidden == 0 or width == 0:
+        raise ValueError(f"mlp_stack: w1 must have sizes H, D >= 1, got {[*w1.shape]}")
+    shapes = {"b1": (sets, hidden), "w2": (sets, width, hidden), "b2": (sets, width)}
+    for (name, shape), weight in zip(shapes.items(), weights[1:], strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"mlp_stack: {name} must have shape {[*shape]}, got {[*weight.shape]}")
+    if activation not in CODES:
+        known = ", ".join(CODES)
+        raise ValueError(f"mlp_stack: activation must be one of {known}, got {activation!r}")
+    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int)):
+        raise TypeError(f"mlp_stack: blocks must be an integer, got {blocks!r}")
+    if blocks is not None and (blocks < 0 or sets not in (1, blocks)):
+        rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
+        raise ValueError(f"mlp_stack: blocks must be {rule}, got {blocks}")
+    if gate is not None:
+        _check_gate(gate, x, sets if blocks is None else blocks)
+
+
+def _check_gate(gate: float | Tensor, x: Tensor, blocks: int) -> None:
+    """Raise the error that names the gate, if it is wrong."""
+    if not isinstance(gate, Tensor):
+        if not isinstance(gate, Real):
+            kind = type(gate).__name__
+            raise TypeError(f"mlp_stack: gate must be a number or tensor, got {kind}")
+        return
+    check_tensor("mlp_stack", "gate", gate)
+    batch = x.size(0)
+    if gate.dim() > 2 or gate.shape != (blocks, batch)[: gate.dim()]:
+        raise ValueError(
+            f"mlp_stack: gate must have shape [], [{blocks}] or [{blocks}, {batch}], "
+            f"got {[*gate.shape]}"
+        )
+    if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
+        raise TypeError(f"mlp_stack: gate must be on {x.device}, got {gate.device}")

@@ -1,0 +1,510 @@
+"""mlp_stack: the contract, and what the formula says."""
+
+import math
+
+import pytest
+import torch
+from contract import DTYPES, OpContract, Sample, leaves
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastres
+from fastres.ops import Stats, native
+from fastres.ops.layout import accumulate
+from fastres.ops.mlp_stack import allows_tf32, mlp_stack, reference
+from fastres.ops.mlp_stack_blocks import ACTIVATIONS
+from fastres.ops.stats import sums_of
+
+needs_library = pytest.mark.skipif(
+    native.raw("_mlp_stack") is None, reason="the compiled library is not built"
+)
+
+
+def stack(batch, width, hidden, blocks, *, dtype=torch.float32, device="cpu", seed=0):
+    """x, w1, b1, w2, b2: each branch about a third as large as its stream."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    return (
+        draw(batch, width, scale=1.0),
+        draw(blocks, hidden, width, scale=1 / math.sqrt(width)),
+        draw(blocks, hidden, scale=0.3),
+        draw(blocks, width, hidden, scale=0.3 / math.sqrt(hidden)),
+        draw(blocks, width, scale=0.1),
+    )
+
+
+def eager(x, w1, b1, w2, b2, gate=None, activation="relu", *, blocks=None, **options):
+    """The blocks as one writes them, in the dtype of x."""
+    x = x.contiguous()
+    states, sums = [x], []
+    count = w1.size(0) if blocks is None else blocks
+    if gate is not None:
+        gate = torch.as_tensor(gate, dtype=x.dtype, device=x.device)
+        gate = (gate[:, None] if gate.dim() == 1 else gate).expand(count, x.size(0))
+    for i in range(count):
+        w = i % w1.size(0)
+        p = F.linear(ACTIVATIONS[activation](F.linear(x, w1[w], b1[w])), w2[w], b2[w])
+        p = p if gate is None else p * gate[i, :, None]
+        wide = accumulate(x.dtype)
+        sums.append(sums_of(x.detach().to(wide), p.detach().to(wide)))
+        x = x + p
+        states.append(x)
+    empty = x.new_empty((0, 3, x.size(0)), dtype=accumulate(x.dtype))
+    y = torch.stack(states) if options.get("return_states") else x.clone()
+    return y, Stats(torch.stack(sums) if sums else empty)
+
+
+def samples():
+    small = stack(3, 4, 3, 2)
+    gate = torch.tensor([[0.5, -1.5, 2.0], [1.0, 0.0, 0.3]])
+    yield Sample("plain", small)
+    for name in ACTIVATIONS:
+        yield Sample(name, (*stack(2, 3, 4, 2, seed=1), None, name))
+    yield Sample("number", (*small, 0.7))
+    yield Sample("one gate for all", (*small, torch.tensor(-0.3)))
+    yield Sample("a gate per block", (*small, gate[:, 0].clone()))
+    yield Sample("a gate per block and sample", (*small, gate, "gelu"))
+    yield Sample("gates that lie apart", (*small, gate.t().contiguous().t(), "silu"))
+    yield Sample("shared weights", (*stack(3, 4, 3, 1), gate, "tanh"), {"blocks": 2})
+    yield Sample("one block", stack(3, 4, 5, 1))
+    yield Sample("states", (*small, gate), {"return_states": True})
+    yield Sample("states, narrow branch", (*stack(2, 5, 2, 3),), {"return_states": True})
+    yield Sample("narrow branch", (*stack(2, 5, 2, 3), None, "gelu"))
+    yield Sample("narrow branch, even", stack(2, 5, 2, 4))
+    yield Sample("checkpoint", (*stack(2, 3, 3, 5), 0.5, "silu"), {"checkpoint": True})
+    yield Sample("checkpoint, square", stack(2, 3, 3, 4), {"checkpoint": True})
+    yield Sample(
+        "other strides", tuple(t.movedim(-1, 0).contiguous().movedim(0, -1) for t in small)
+    )
+    yield Sample("every other weight", (small[0], *(t.repeat(2, *[1] * (t.dim() - 1))[::2]
+                                                    for t in small[1:])))  # fmt: skip
+    yield Sample("no blocks", stack(3, 4, 3, 0))
+    yield Sample("empty batch", stack(0, 4, 3, 2))
+    yield Sample("one feature", stack(3, 1, 1, 2))
+    yield Sample("odd sizes", stack(17, 33, 19, 3))
+    yield Sample("many rows", (*stack(130, 16, 48, 3), None, "gelu_tanh"))
+
+
+class TestMlpStack(OpContract):
+    op = staticmethod(mlp_stack)
+    reference = staticmethod(reference)
+    eager = staticmethod(eager)
+    samples = staticmethod(samples)
+
+    @staticmethod
+    def exported():
+        return Sample("gate", (*stack(4, 6, 5, 3), torch.rand(3, 4))), (0, *[None] * 4, 1)
+
+    @staticmethod
+    def raw_samples(device):
+        ops = torch.ops.fastres
+        x, *weights = stack(3, 4, 5, 4, device=device)
+        for gate in (None, torch.rand(4, 3, device=device)):
+            for every in (0, 1, 2, 3):
+                options = (4, 1, every, every != 2, False)
+                yield ops._mlp_stack.default, (x, *weights, gate, *options)
+                if every:
+                    states = ops._mlp_stack(x, *weights, gate, *options)[2]
+                    gstates = torch.randn_like(states) if every == 1 else None
+                    flags = (every != 3, gate is not None, False)
+                    yield (
+                        ops._mlp_stack_backward.default,
+                        (x, gstates, states, *weights, gate, 4, 1, every, *flags),
+                    )
+
+
+def gradients(fn, args, cotangent, **kwargs):
+    """The result, and the gradients of all tensors, for a cotangent of the first."""
+    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    y, stats = fn(*args, **kwargs)
+    inputs = [a for a in args if isinstance(a, torch.Tensor)]
+    return [y.detach(), stats.sums, *torch.autograd.grad(y, inputs, cotangent.to(y.dtype))]
+
+
+def rms(t):
+    return t.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_size_and_activation_is_as_exact_as_eager(device, activation):
+    for i, (width, hidden) in enumerate([(1, 1), (3, 17), (17, 3), (33, 64), (64, 33), (16, 16)]):
+        batch = (1, 2, 5, 33, 65, 130)[i]
+        args = stack(batch, width, hidden, 3, device=device, seed=i)
+        gate = torch.linspace(-1, 2, 3 * batch, device=device).view(3, batch)
+        cotangent = stack(batch, width, 1, 1, device=device, seed=100 + i)[0]
+        exact = gradients(reference, [*(a.double() for a in (*args, gate)), activation], cotangent)
+        ours = gradients(mlp_stack, [*args, gate, activation], cotangent)
+        plain = gradients(eager, [*args, gate, activation], cotangent)
+        for got, near, e in zip(ours, plain, exact, strict=True):  # y, sums, then each gradient
+            bound = 2 * max(rms(near - e), torch.finfo(torch.float32).eps * rms(e))
+            assert rms(got - e) <= bound, (width, hidden)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_does_not_depend_on_the_batch_it_is_in(device, dtype):
+    x, *weights = stack(131, 24, 40, 3, device=device, dtype=dtype)
+    y, stats = mlp_stack(x, *weights, 0.5, "silu")
+    for batch in (*range(1, 35), 63, 64, 65, 100, 127, 128, 129, 130):
+        part, of_part = mlp_stack(x[1 : 1 + batch], *weights, 0.5, "silu")
+        assert torch.equal(part, y[1 : 1 + batch]), batch
+        assert torch.equal(of_part.sums, stats.sums[..., 1 : 1 + batch]), batch
+
+
+@needs_library
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in (1, 20, 130):
+                args = [*stack(batch, 40, 24, 5), torch.linspace(0, 1, 5), "gelu"]
+                runs.append(gradients(mlp_stack, args, torch.ones(batch, 40)))
+    finally:
+        torch.set_num_threads(before)
+    for i, run in enumerate(runs[3:]):
+        assert all(torch.equal(a, b) for a, b in zip(runs[i % 3], run, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_states_are_the_stream_before_every_block_and_after_the_last(device, dtype):
+    x, *weights = stack(5, 8, 6, 4, device=device, dtype=dtype)
+    states, stats = mlp_stack(x, *weights, return_states=True)
+    assert states.shape == (5, 5, 8)
+    assert torch.equal(states[0], x)
+    for i in range(5):
+        y, _ = mlp_stack(x, *(w[:i] for w in weights))
+        assert torch.equal(states[i], y)
+    assert torch.equal(stats.sums, mlp_stack(x, *weights)[1].sums)
+
+
+def test_the_sums_are_those_of_the_states_and_of_their_differences(device):
+    x, *weights = stack(5, 8, 6, 4, device=device, dtype=torch.float64)
+    states, stats = mlp_stack(x, *weights, 0.7, return_states=True)
+    p = states.diff(dim=0)
+    for got, expected in zip(stats, ((states[:-1] ** 2), p**2, states[:-1] * p), strict=True):
+        torch.testing.assert_close(got, expected.sum(2))
+
+
+@needs_library
+def test_shared_weights_are_one_set_for_every_block(device):
+    x, *weights = stack(5, 8, 6, 1, device=device)
+    one, stats = mlp_stack(x, *weights, blocks=4)
+    many, of_many = mlp_stack(x, *(w.repeat(4, *[1] * (w.dim() - 1)) for w in weights))
+    assert torch.equal(one, many)
+    assert torch.equal(stats.sums, of_many.sums)
+
+
+@needs_library
+def test_checkpointing_changes_no_bit(device):
+    for blocks in (1, 2, 9, 10):
+        args = [*stack(5, 8, 8, blocks, device=device), torch.rand(blocks, 5, device=device)]
+        g = torch.randn(5, 8, device=device)
+        for a, b in zip(
+            gradients(mlp_stack, args, g),
+            gradients(mlp_stack, args, g, checkpoint=True),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@needs_library
+def test_measuring_changes_no_bit(device):
+    """The states that a checkpoint computes again are computed without their sums."""
+    x, *weights = stack(20, 24, 40, 3, device=device)
+    for gate in (None, torch.rand(3, 20, device=device)):
+        with_sums, without = (
+            native.raw("_mlp_stack")(x, *weights, gate, 3, 1, 0, stats, False)
+            for stats in (True, False)
+        )
+        assert torch.equal(with_sums[0], without[0])
+        assert without[1].numel() == 0
+
+
+def bytes_kept(fn, args, **kwargs):
+    """Bytes of the distinct storages that autograd keeps, but for those of the weights."""
+    own = {a.untyped_storage().data_ptr() for a in args[1:]}
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = fn(*args, **kwargs)
+    assert y.requires_grad
+    return sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
+
+
+@needs_library
+@pytest.mark.parametrize(("width", "hidden"), [(16, 16), (8, 24), (24, 8)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_it_keeps_half_of_what_eager_keeps_and_with_checkpoints_a_twentieth(
+    device, width, hidden, activation
+):
+    args = [a.requires_grad_() for a in stack(8, width, hidden, 300, device=device)]
+    plain = bytes_kept(eager, args, activation=activation)
+    state = 8 * width * 4
+    assert bytes_kept(mlp_stack, args, activation=activation) <= plain / 2 + state
+    assert bytes_kept(mlp_stack, args, activation=activation, checkpoint=True) <= plain / 20
+
+
+class Calls(TorchDispatchMode):
+    """The calls of the raw operators, and what they returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "fastres":
+            self.seen.append((func._opname, out))
+        return out
+
+
+@needs_library
+def test_no_gradient_is_computed_that_nobody_wants(device):
+    x, *weights = stack(5, 8, 6, 4, device=device)
+    y, _ = mlp_stack(x.requires_grad_(), *weights, 0.5)
+    with Calls() as calls:
+        torch.autograd.grad(y.sum(), x)
+    ((name, (_, *others)),) = calls.seen
+    assert name == "_mlp_stack_backward"
+    assert [t.numel() for t in others] == [0] * 5
+
+
+@needs_library
+def test_vmap_over_samples_and_gates_is_one_call(device):
+    x, *weights = stack(6, 8, 6, 4, device=device)
+    gates = torch.rand(4, 3, 2, device=device)
+    with Calls() as calls:
+        y, stats = torch.func.vmap(lambda x, g: mlp_stack(x, *weights, g), (0, 1), (1, 0))(
+            x.view(3, 2, 8), gates
+        )
+    assert len(calls.seen) == 1
+    expected, of_all = mlp_stack(x, *weights, gates.flatten(1))
+    assert torch.equal(y, expected.view(3, 2, 8).transpose(0, 1))
+    assert torch.equal(stats.sums.permute(1, 2, 0, 3).flatten(2), of_all.sums)
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (None, None)])
+@pytest.mark.parametrize("states", [True, False])
+def test_vmap_over_any_one_argument_equals_a_loop(device, dims, states):
+    x, *weights = stack(2, 3, 4, 3, device=device)
+    many, gates = x.repeat(5, 1, 1) * torch.arange(5.0, device=device)[:, None, None], None
+    gates = torch.rand(5, 3, device=device)
+    firsts = torch.stack([weights[0] * i for i in range(5)])
+    in_first = 0 if dims == (None, None) else None
+
+    def call(x, gate, w1):
+        return mlp_stack(x, w1, *weights[1:], gate, return_states=states)
+
+    given = (many if dims[0] == 0 else x, gates if dims[1] == 0 else gates[0],
+             firsts if in_first == 0 else weights[0])  # fmt: skip
+    got = leaves(torch.func.vmap(call, (*dims, in_first))(*given))
+    each = [
+        leaves(
+            call(*(g[i] if d == 0 else g for g, d in zip(given, (*dims, in_first), strict=True)))
+        )
+        for i in range(5)
+    ]
+    for a, b in zip(got, (torch.stack(parts) for parts in zip(*each, strict=True)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_vmap_over_nothing_gives_nothing(device):
+    _, *weights = stack(2, 3, 4, 3, device=device)
+    x = torch.randn(0, 2, 3, device=device)
+    assert torch.func.vmap(lambda a: mlp_stack(a, *weights)[0])(x).shape == (0, 2, 3)
+
+
+def test_a_derivative_may_enter_at_any_state(device):
+    for options in ({}, {"checkpoint": True}):
+        args = stack(3, 4, 4, 5, device=device, dtype=torch.float64)
+        g = torch.randn(6, 3, 4, dtype=torch.float64).to(device)
+        for a, b in zip(
+            gradients(mlp_stack, args, g, return_states=True, **options),
+            gradients(eager, args, g, return_states=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_third_derivative_is_that_of_the_reference(device):
+    for options in ({}, {"checkpoint": True}):
+        x, *weights = stack(2, 3, 3, 5, device=device, dtype=torch.float64)
+        got = []
+        for fn in (mlp_stack, reference):
+            v = x.clone().requires_grad_()
+            y = fn(v, *weights, None, "tanh", **options)[0].pow(3).sum()
+            for _ in range(3):
+                (d,) = torch.autograd.grad(y, v, create_graph=True)
+                y = d.pow(2).sum()
+            got.append(d.detach())
+        torch.testing.assert_close(*got)
+
+
+def test_no_blocks_return_x_and_carry_the_gradient(device):
+    x, *weights = stack(3, 4, 5, 0, device=device)
+    y, stats = mlp_stack(x.requires_grad_(), *weights)
+    assert torch.equal(y, x)
+    assert stats.sums.shape == (0, 3, 3)
+    g = torch.randn_like(x)
+    assert torch.equal(torch.autograd.grad(y, x, g)[0], g)
+    shared = stack(3, 4, 5, 1, device=device)
+    assert torch.equal(mlp_stack(*shared, blocks=0)[0], shared[0])
+
+
+@needs_library
+def test_nan_and_infinity_stay_in_their_sample_and_show_in_its_sums(device):
+    x, *weights = stack(40, 16, 16, 3, device=device)
+    clean = mlp_stack(x, *weights)
+    x[7, 3], x[21, 5] = math.nan, math.inf
+    y, stats = mlp_stack(x, *weights)
+    hit = torch.zeros(40, dtype=torch.bool, device=device)
+    hit[[7, 21]] = True
+    assert not y[hit].isfinite().all(1).any()
+    assert stats.skip_sq[:, 7].isnan().all()
+    assert not stats.skip_sq[:, 21].isfinite().any()
+    assert torch.equal(y[~hit], clean[0][~hit])
+    assert torch.equal(stats.sums[..., ~hit], clean[1].sums[..., ~hit])
+
+
+def test_a_nan_weight_shows_from_its_block_on(device):
+    x, *weights = stack(4, 8, 8, 3, device=device)
+    weights[2][1, 2, 3] = math.nan
+    states, stats = mlp_stack(x, *weights, None, "sigmoid", return_states=True)
+    assert states[:2].isfinite().all()
+    assert states[2:, :, 2].isnan().all()
+    assert stats.branch_sq.isnan().tolist() == [[False] * 4, [True] * 4, [True] * 4]
+
+
+@needs_library
+def test_a_zero_gate_removes_the_block_bit_for_bit(device):
+    x, *weights = stack(4, 8, 8, 3, device=device)
+    y, stats = mlp_stack(x, *weights, torch.tensor([1.0, 0.0, 1.0], device=device))
+    rest, _ = mlp_stack(x, *(w[::2] for w in weights))
+    assert torch.equal(y, rest)
+    assert stats.branch_sq[1].eq(0).all()
+
+
+def test_float16_squares_do_not_overflow(device):
+    x = torch.full((1, 1000), 60000.0, dtype=torch.float16, device=device)
+    _, *weights = stack(1, 1000, 2, 1, dtype=torch.float16, device=device)
+    stats = mlp_stack(x, *(0 * w for w in weights))[1]
+    torch.testing.assert_close(stats.skip_sq.item(), 1000 * 59999.0**2, rtol=1e-3, atol=0)
+
+
+def test_stats_carry_no_gradient(device):
+    y, stats = mlp_stack(*(a.requires_grad_() for a in stack(3, 4, 5, 2, device=device)))
+    assert y.requires_grad
+    assert not stats.sums.requires_grad
+
+
+def test_a_device_without_kernels_runs_the_reference(device, monkeypatch):
+    args = stack(3, 4, 5, 2, device=device)
+    expected = mlp_stack(*args)
+    monkeypatch.setattr(native, "runs_on", lambda _: False)
+    got = mlp_stack(*args)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1].sums, expected[1].sums)
+
+
+def test_y_may_be_changed_in_place_before_the_backward_pass(device):
+    x, *weights = stack(3, 4, 5, 2, device=device)
+    y, _ = mlp_stack(x.requires_grad_(), *weights)
+    y = y.mul_(2)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+GOOD = stack(2, 4, 3, 5)
+X, W1, B1, W2, B2 = GOOD
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((X[0], W1, B1, W2, B2), {}, ValueError, "x must have 2 dimensions, got 1"),
+        ((X.int(), W1, B1, W2, B2), {}, TypeError, "x must be float64, float32, bfloat16 or"),
+        ((None, W1, B1, W2, B2), {}, TypeError, "x must be a tensor, got NoneType"),
+        ((X, [1.0], B1, W2, B2), {}, TypeError, "w1 must be a tensor, got list"),
+        (
+            (X, W1.double(), B1, W2, B2), {}, TypeError,
+            "w1 must have the dtype of x, torch.float32, got torch.float64",
+        ),
+        (
+            (X, W1, B1, W2, B2.half()), {}, TypeError,
+            "b2 must have the dtype of x, torch.float32, got torch.float16",
+        ),
+        ((X, W1, B1, W2.to("meta"), B2), {}, TypeError, "w2 must be on cpu, got meta"),
+        ((X, W1[0], B1, W2, B2), {}, ValueError, "w1 must have shape [L, H, 4], got [3, 4]"),
+        ((X, W2, B1, W1, B2), {}, ValueError, "w1 must have shape [L, H, 4], got [5, 4, 3]"),
+        ((X, W1[:, :0], B1, W2, B2), {}, ValueError, "w1 must have sizes H, D >= 1, got [5, 0, 4]"),
+        ((X, W1, B1[:4], W2, B2), {}, ValueError, "b1 must have shape [5, 3], got [4, 3]"),
+        ((X, W1, B2, W2, B2), {}, ValueError, "b1 must have shape [5, 3], got [5, 4]"),
+        ((X, W1, B1, W1, B2), {}, ValueError, "w2 must have shape [5, 4, 3], got [5, 3, 4]"),
+        ((X, W1, B1, W2, B1), {}, ValueError, "b2 must have shape [5, 4], got [5, 3]"),
+        ((*GOOD, torch.ones(4)), {}, ValueError, "gate must have shape [], [5] or [5, 2], got [4]"),
+        (
+            (*GOOD, torch.ones(2, 5)), {}, ValueError,
+            "gate must have shape [], [5] or [5, 2], got [2, 5]",
+        ),
+        ((*GOOD, torch.ones(5).int()), {}, TypeError, "gate must be float64, float32, bfloat16"),
+        ((*GOOD, "half"), {}, TypeError, "gate must be a number or tensor, got str"),
+        (
+            (*GOOD, None, "softplus"), {}, ValueError,
+            "activation must be one of identity, relu, tanh, sigmoid, silu, gelu, gelu_tanh, "
+            "got 'softplus'",
+        ),
+        (GOOD, {"blocks": 4}, ValueError, "blocks must be 5, the sets of weights, got 4"),
+        (
+            (X, W1[:1], B1[:1], W2[:1], B2[:1]), {"blocks": -1}, ValueError,
+            "blocks must be >= 0, got -1",
+        ),
+        (GOOD, {"blocks": 5.0}, TypeError, "blocks must be an integer, got 5.0"),
+        (GOOD, {"return_states": 1}, TypeError, "return_states must be a bool, got int"),
+        (GOOD, {"checkpoint": None}, TypeError, "checkpoint must be a bool, got NoneType"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_argument_the_rule_and_the_value(args, kwargs, error, message):
+    with pytest.raises(error) as raised:
+        mlp_stack(*args, **kwargs)
+    assert str(raised.value).startswith(f"mlp_stack: {message}")
+    if "must be on" not in message:
+        on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        with pytest.raises(error) as raised_on_meta:
+            mlp_stack(*on_meta, **kwargs)
+        assert str(raised_on_meta.value) == str(raised.value)
+
+
+def test_meta_tensors_give_shapes():
+    args = [a.to("meta") for a in GOOD]
+    y, stats = mlp_stack(*args, return_states=True)
+    assert (y.shape, y.device.type, stats.sums.shape) == ((6, 2, 4), "meta", (5, 3, 2))
+    assert stats.skip_sq.shape == (5, 2)
+
+
+def test_tf32_is_what_either_setting_of_torch_says():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for value in ("tf32", "ieee"):
+            matmul.fp32_precision = value
+            assert allows_tf32() == (value == "tf32")
+        for flag in (True, False):
+            matmul.allow_tf32 = flag
+            assert allows_tf32() == flag
+    finally:
+        matmul.fp32_precision = before
+    whole = torch.compile(lambda x: x + allows_tf32(), fullgraph=True, backend="eager")
+    assert whole(torch.zeros(1)).item() == 0
+
+
+def test_it_is_on_the_surface():
+    assert fastres.mlp_stack is mlp_stack
