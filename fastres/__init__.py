@@ -1,7 +1,7 @@
 """fastres: residual networks, observed inside the kernels that add the branch to the stream."""
 
 from fastres import nn
-from fastres.ops import Stats, residual_add
+from fastres.ops import Stats, mlp_stack, residual_add
 from fastres.paths import PathGradients, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
@@ -11,6 +11,7 @@ __all__ = [
     "Site",
     "Stats",
     "Tape",
+    "mlp_stack",
     "nn",
     "path_gradients",
     "record",

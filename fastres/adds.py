@@ -1,71 +1,28 @@
-"""adds: how a residual add is called or declared, and where a model's forward makes them."""
+"""adds: how a residual add, or a stack of them, is called, and where a model's forward does it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from fastres.ops import residual_add
+from fastres.declaring import add, fused_stack
+from fastres.ops import Stats, mlp_stack, residual_add
+from fastres.ops.mlp_stack import reference
 from fastres.tracing import Kind
-
-
-def add(x: Tensor, f: Tensor) -> Tensor:
-    """Add a branch to its stream, and declare that this is a residual add.
-
-    A plain x + f where nobody watches. Under `trace` and `record` it is a site without a search.
-
-    Args:
-        x: Skip, [B, ...].
-        f: Branch, the shape of x.
-
-    Returns:
-        x + f, dtypes promoted as `torch.add`.
-    """
-    if has_torch_function((x, f)):
-        total: Tensor = handle_torch_function(add, (x, f), x, f)
-        return total
-    if not _local.listeners:
-        return x + f
-    listener = _local.listeners.pop()  # its own call of `add` is for those below it
-    try:
-        total = listener.handle(add, (x, f), {})
-    finally:
-        _local.listeners.append(listener)
-    return total
-
-
-class Listener:
-    """Hears the calls of `add`, and nothing else, while it is on: cheaper than a function mode."""
-
-    def __init__(self, handle: Callable[..., Any]) -> None:
-        self.handle = handle
-
-    def switch(self, on: bool) -> None:
-        """Switch it on or off."""
-        if on and self not in _local.listeners:
-            _local.listeners.append(self)
-        elif not on and self in _local.listeners:
-            _local.listeners.remove(self)
-
-
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.listeners: list[Listener] = []
-
-
-_local: Final = _Local()
-
 
 ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
 DECLARED: Final[frozenset[Callable[..., Any]]] = frozenset({add, residual_add})
+HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_stack})  # by a Listener
+STACKS: Final[Mapping[Callable[..., Any], inspect.Signature]] = {
+    func: inspect.signature(func) for func in (fused_stack, mlp_stack)
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +68,43 @@ def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return Add(func, args, kwargs, (a, b)) if a.is_floating_point() else None
 
 
+class Stack(NamedTuple):
+    """One call of a stack of residual blocks: as the model made it, and its stream."""
+
+    func: Callable[..., Any]
+    bound: inspect.BoundArguments
+    x: Tensor  # [B, ..., D]
+    blocks: int  # L, 1 or more
+
+    def call(self, **changes: Any) -> tuple[Tensor, Stats]:
+        """Run it as one, as the model asked for it but for the arguments in `changes`.
+
+        A gate is a number, or a tensor [], [L] or [L, B]. The Stats are [L, B].
+        """
+        arguments = {**self.bound.arguments, **changes}
+        bound = inspect.BoundArguments(self.bound.signature, arguments)
+        return self.func(*bound.args, **bound.kwargs)
+
+    def separate(self) -> tuple[Tensor, Stats]:
+        """Run its blocks one by one, each with `add`."""
+        return reference(*self.bound.args, **self.bound.kwargs, add=add)
+
+
+def read_stack(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Stack | None:
+    """Return the call if it is a stack of at least one residual block."""
+    if func not in STACKS:
+        return None
+    bound = STACKS[func].bind(*args, **kwargs)
+    bound.apply_defaults()
+    x, w1, blocks = (bound.arguments.get(name) for name in ("x", "w1", "blocks"))
+    if not isinstance(x, Tensor) or not isinstance(w1, Tensor) or x.dim() < 2 or w1.dim() < 1:
+        return None
+    count = w1.size(0) if blocks is None else blocks
+    return Stack(func, bound, x, count) if isinstance(count, int) and count > 0 else None
+
+
 def check_sides(op: str, owner: str, func: Any, args: tuple[Any, ...]) -> None:
     """Raise the error that names the module, if the two sides of an add cannot be added."""
     if (func not in ADDS and func not in DECLARED) or len(args) < 2:
@@ -139,6 +133,14 @@ class Policy(Protocol):
         """Forget the pass under way: it ended with an exception."""
 
 
+@runtime_checkable
+class StackPolicy(Policy, Protocol):
+    """A policy that does a whole stack at once; one that is none gets the blocks one by one."""
+
+    def stack(self, first: int, call: Stack) -> tuple[Tensor, Stats]:
+        """Run a stack whose sites are `first`, first + 1, ...; return its result."""
+
+
 Event = tuple[int, int, bool]  # id of a module, number of its call in the pass, whether at its end
 
 
@@ -149,7 +151,7 @@ class Window:
     opens: Event
     candidates: int = 0  # calls in it that `read_add` accepts
     entries: dict[int, tuple[int, int]] = field(default_factory=dict)  # candidate -> site, skip
-    declared: bool = True  # all candidates are calls of `add`: listening to it is enough
+    declared: bool = True  # all candidates are in HEARD: listening is enough
 
 
 @dataclass(slots=True)

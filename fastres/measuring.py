@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from fastres.adds import Add, add
+from fastres.adds import Add
+from fastres.declaring import add, is_heard
 from fastres.ops import native, residual_add
 from fastres.ops.layout import DTYPES, accumulate, has_dense_samples
 from fastres.ops.stats import sums_of
@@ -118,6 +119,7 @@ def _is_underived(call: Add) -> bool:
     return (
         not (torch.is_grad_enabled() and any(t.requires_grad for t in call.operands))
         and forward_ad._current_level < 0
+        and not (call.func is add and is_heard())
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

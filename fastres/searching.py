@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from torch.utils.hooks import RemovableHandle
 from fastres.adds import (
     ADDS,
     DECLARED,
+    HEARD,
     Event,
     Plan,
     Policy,
     Site,
+    Stack,
+    StackPolicy,
     Window,
-    add,
     check_sides,
     read_add,
+    read_stack,
 )
 from fastres.hooks import Hook, Mode
 from fastres.tracing import Found, Rule
@@ -143,6 +147,8 @@ class Search:
             self.plan.closes.add(event)
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (stack := read_stack(func, args, kwargs)) is not None:
+            return self._handle_stack(stack)
         read = list(tensors_in((args, kwargs)))
         found, skip = None, -1
         if (call := read_add(func, args, kwargs)) is not None:
@@ -161,11 +167,29 @@ class Search:
             window.entries[window.candidates] = (index, found.skip)
             out = self._policy.at(index, call, found.skip)
         window.candidates += call is not None
-        window.declared &= call is None or call.func is add
+        window.declared &= call is None or call.func in HEARD
         version = self._graph.result(noted, read, out)
         if call is not None and found is not None:
             self._rule.note(version, skip)
             self._found.append((found, version, name, call.operands[0].shape))
+        return out
+
+    def _handle_stack(self, stack: Stack) -> Any:
+        window = self._frames[-1].window
+        window.declared &= stack.func in HEARD
+        if not isinstance(self._policy, StackPolicy):
+            with self._mode:
+                return stack.separate()
+        name = self._names[id(self._frames[-1].module)]
+        read = list(tensors_in(list(stack.bound.arguments.values())))
+        noted = self._graph.call(function_name(stack.func), read[1:])
+        out = self._policy.stack(len(self._found), stack)
+        versions = self._graph.chain(noted, read, out, stack.blocks)
+        for skip, version in pairwise(versions):
+            window.entries[window.candidates] = (len(self._found), 0)
+            window.candidates += 1
+            self._rule.note(version, skip)
+            self._found.append((Found("identity", 0, frozenset()), version, name, stack.x.shape))
         return out
 
     def stop(self) -> None:

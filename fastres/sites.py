@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres.adds import Add, Policy, Site, add
+from fastres.adds import Add, Policy, Site, Stack, StackPolicy
+from fastres.declaring import add, stack
 from fastres.versions import tensors_in
 from fastres.watching import Watch
 
-__all__ = ["Add", "Policy", "Site", "Watch", "add", "trace"]
+__all__ = ["Add", "Policy", "Site", "Stack", "StackPolicy", "Watch", "add", "stack", "trace"]
 
 
 class _Plain:
     """The policy of trace: nothing."""
 
     def at(self, site: int, call: Add, skip: int) -> Any:
+        return call.call()
+
+    def stack(self, first: int, call: Stack) -> Any:
         return call.call()
 
     def passed(self, sites: list[Site]) -> None: ...

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastres.adds import Add, Site
+from fastres.adds import Add, Site, Stack
 from fastres.measuring import measure
+from fastres.ops import Stats
 from fastres.tracing import Kind
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Tape:
         self.per_sample = per_sample
         self._model = model
         self._sites: list[Site] = []
-        self._now: dict[int, tuple[Tensor, int]] = {}  # site -> sums [3, B] of this pass, skip
+        # first site -> sums [sites, 3, B] of it and those that follow in this pass, skip
+        self._now: dict[int, tuple[Tensor, int]] = {}
         self._totals: dict[Group, _Total] = {}
 
     def at(self, site: int, call: Add, skip: int) -> Any:
@@ -65,7 +67,14 @@ class Tape:
         for side in call.operands:
             _plain(side)
         out, sums = measure(call)
-        self._now[site] = _plain(sums), skip
+        self._now[site] = _plain(sums)[None], skip
+        return out
+
+    def stack(self, first: int, call: Stack) -> tuple[Tensor, Stats]:
+        """Run a stack and keep the sums of all its sites (called by Watch)."""
+        _plain(call.x)
+        out = call.call()
+        self._now[first] = _plain(out[1].sums.detach()), 0
         return out
 
     def failed(self) -> None:
@@ -83,9 +92,10 @@ class Tape:
         groups: dict[tuple[torch.device, torch.dtype, int, int], list[int]] = {}
         for index in sorted(now):
             sums, skip = now[index]
-            groups.setdefault((sums.device, sums.dtype, sums.size(1), skip), []).append(index)
-        for (device, dtype, batch, skip), members in groups.items():
-            raw = torch.stack([now[i][0] for i in members], dim=1)  # [3, sites, B]
+            groups.setdefault((sums.device, sums.dtype, sums.size(2), skip), []).append(index)
+        for (device, dtype, batch, skip), firsts in groups.items():
+            members = [i for k in firsts for i in range(k, k + now[k][0].size(0))]
+            raw = torch.cat([now[k][0] for k in firsts]).transpose(0, 1)  # [3, sites, B]
             if skip == 1:
                 raw = torch.stack([raw[1], raw[0], raw[2]])
             total = self._totals.setdefault((device, dtype, tuple(members)), _Total())

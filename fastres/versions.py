@@ -188,6 +188,25 @@ class Graph:
             versions.append(k)
         return versions[0] if versions else -1
 
+    def chain(
+        self,
+        call: tuple[str, tuple[int, ...], bool, list[int]],
+        read: list[Tensor],
+        out: Any,
+        count: int,
+    ) -> list[int]:
+        """Note a function that adds to its first argument `count` times, with what `call` read.
+
+        Returns:
+            The versions of the stream: of the argument, and after each add.
+        """
+        name, beside, weight, edits = call
+        versions = [self.version(read[0])]
+        for _ in range(count - 1):
+            versions.append(self._new(name, (versions[-1], *beside), weight))
+        last = name, (versions[-1], *beside), weight, [_edits(read[0]), *edits]
+        return [*versions, self.result(last, read, out)]
+
     @staticmethod
     def _is_same(name: str, source: Tensor | None, t: Tensor, shares: bool) -> bool:
         if source is None or source.numel() != t.numel():

@@ -12,7 +12,18 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fastres.adds import Add, Event, Listener, Plan, Policy, Window, check_sides, read_add
+from fastres.adds import (
+    Event,
+    Plan,
+    Policy,
+    Stack,
+    StackPolicy,
+    Window,
+    check_sides,
+    read_add,
+    read_stack,
+)
+from fastres.declaring import Listener
 from fastres.hooks import Hook, Mode
 from fastres.searching import Search, is_compiled, shapes_of
 
@@ -38,6 +49,7 @@ class Watch:
                 raise ValueError(f"{op}: model must be initialized, got lazy parameter '{name}'")
         self.plan: Plan | None = None
         self._op, self._model, self._policy = op, model, policy
+        self._stacks = policy if isinstance(policy, StackPolicy) else None
         self._search: Search | None = None
         self._mode, self._listener = Mode(self._handle), Listener(self._handle)
         self._hooks: list[RemovableHandle] = []
@@ -188,29 +200,41 @@ class Watch:
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.plan is not None
-        assert self._window is not None
+        if (stack := read_stack(func, args, kwargs)) is not None:
+            return self._handle_stack(stack)
         call = read_add(func, args, kwargs)
         if call is None:
             site = self.plan.sites[min(self._next, len(self.plan.sites) - 1)]
             check_sides(self._op, site.name, func, args)
             return func(*args, **kwargs)
-        entry = self._window.entries.get(self._candidate)
-        self._candidate += 1
-        if entry is None:
-            if self._candidate > self._window.candidates:
-                self._fail(self._next - 1, "one add more")
-            return call.call()
-        self._check(entry[0], call)
-        self._next += 1
-        return self._policy.at(entry[0], call, entry[1])
+        entry = self._step(call.operands[0].shape)
+        return call.call() if entry is None else self._policy.at(entry[0], call, entry[1])
 
-    def _check(self, index: int, call: Add) -> None:
+    def _handle_stack(self, stack: Stack) -> Any:
+        if self._stacks is None:
+            assert self._window is not None
+            with self._listener if self._window.declared else self._mode:
+                return stack.separate()
+        entry = self._step(stack.x.shape, stack.blocks)
+        return stack.call() if entry is None else self._stacks.stack(entry[0], stack)
+
+    def _step(self, shape: torch.Size, count: int = 1) -> tuple[int, int] | None:
+        """Step over adds of one shape; return the first's site and skip, if they are sites."""
         assert self.plan is not None
-        shape, site = call.operands[0].shape, self.plan.sites[index].shape
+        assert self._window is not None
+        entry = self._window.entries.get(self._candidate)
+        self._candidate += count
+        if self._candidate > self._window.candidates:
+            self._fail(self._next - 1, "one add more")
+        if entry is None:
+            return None
+        index, site = entry[0], self.plan.sites[entry[0]].shape
         if index != self._next:
             self._fail(self._next, "none")
         if len(shape) != len(site) or (self._fixed and shape[1:] != site[1:]):
             self._fail(index, str(list(shape)))
+        self._next += count
+        return entry
 
     def _fail(self, index: int, got: str) -> None:
         assert self.plan is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import ModuleType
@@ -9,6 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from fastres.nn import ResidualMLP, ResidualStack
+from fastres.ops.mlp_stack_blocks import CODES, run_blocks
+from fastres.sites import add
 
 
 def torchvision() -> ModuleType:
@@ -116,3 +121,22 @@ class Block(nn.Module):
 
 def residual_mlp(width: int = 8, blocks: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, width), *[Block(width) for _ in range(blocks)])
+
+
+class Blocks(ResidualStack):
+    """A ResidualStack whose blocks are separate operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.w1, self.b1, self.w2, self.b2)
+        return run_blocks(x, weights, None, self.blocks, CODES[self.activation], add)
+
+
+def stacks(blocks: int, activation: str = "relu") -> tuple[ResidualMLP, ResidualMLP]:
+    """A ResidualMLP, and the same with separate blocks."""
+    torch.manual_seed(0)
+    fused = ResidualMLP(4, 3, width=8, blocks=blocks, hidden=6, activation=activation)
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter, std=0.3)  # the biases too
+    separate = copy.deepcopy(fused)
+    separate.stack.__class__ = Blocks
+    return fused, separate

@@ -5,13 +5,16 @@ import math
 
 import pytest
 import torch
+from models import stacks
 
 from fastres.nn import ResidualMLP, ResidualStack
+from fastres.ops import native
 from fastres.training import Recipe, Stepper
 
 ACTIVATIONS = {
     "relu": lambda v: v.clamp(min=0),
     "gelu": lambda v: v * (1 + torch.erf(v / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda v: v / (1 + torch.exp(-math.sqrt(8 / math.pi) * (v + 0.044715 * v**3))),
     "silu": lambda v: v / (1 + torch.exp(-v)),
     "tanh": lambda v: (torch.exp(2 * v) - 1) / (torch.exp(2 * v) + 1),
     "sigmoid": lambda v: 1 / (1 + torch.exp(-v)),
@@ -98,6 +101,53 @@ def test_a_step_on_300_blocks_reaches_every_parameter_and_stays_finite():
     for name, value in model.state_dict().items():
         assert value.isfinite().all()
         assert not torch.equal(value, before[name]), name
+
+
+def test_training_gives_what_it_gives_with_separate_blocks():
+    fused, separate = stacks(6)
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    losses = []
+    for model in (fused, separate):
+        step = Stepper(model, Recipe(lr=1e-2), 60)
+        losses.append(torch.stack([step(x, y) for _ in range(60)]))
+    assert losses[0][-1] < losses[0][0] / 2  # it learned
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-4)
+    for (name, one), other in zip(fused.named_parameters(), separate.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 0, 8), (2, 3, 4, 8)])
+def test_the_fused_stack_is_its_separate_blocks_in_every_dtype_and_shape(dtype, shape):
+    fused, separate = (model.stack.to(dtype) for model in stacks(5, "gelu_tanh"))
+    x = torch.randn(shape).to(dtype)
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3}.get(dtype, 1e-5)
+    torch.testing.assert_close(fused(x), separate(x), rtol=tolerance, atol=tolerance)
+
+
+def test_it_compiles_to_one_graph_and_exports_with_a_dynamic_batch():
+    model, x = ResidualMLP(4, 3, width=8, blocks=5), torch.randn(6, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    expected = torch.autograd.grad(model(x).sum(), model.stack.w1)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), model.stack.w1), expected)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x[:3]), model(x[:3]))
+
+
+@pytest.mark.skipif(native.raw("_mlp_stack") is None, reason="the compiled library is not built")
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_stack_is_one_operator(grad):
+    model = ResidualStack(8, 300)
+    with torch.profiler.profile() as profile, torch.set_grad_enabled(grad):
+        out = model(torch.randn(2, 8))
+        if grad:
+            out.sum().backward()
+    names = [e.key for e in profile.key_averages() if e.key.startswith("fastres::")]
+    assert names == ["fastres::_mlp_stack", "fastres::_mlp_stack_backward"][: 1 + grad]
+    assert all(e.count < 20 for e in profile.key_averages())
 
 
 def test_the_seed_decides_the_weights():

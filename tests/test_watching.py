@@ -8,7 +8,7 @@ from pickle import dumps, loads
 
 import pytest
 import torch
-from models import Block, residual_mlp
+from models import Block, residual_mlp, stacks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -144,6 +144,24 @@ def test_functorch_derivatives_are_those_of_the_model(first, width):
     torch.testing.assert_close(tape.absolute, alone.absolute)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_functorch_derivatives_of_a_stack_are_those_of_the_model(first):
+    model, x = stacks(3)[0].requires_grad_(False), vectors(5)
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    plain = torch.func.grad(loss)(x), *torch.func.jvp(loss, (x,), (x,))
+    with record(model) as tape:
+        if not first:
+            model(x)
+        got = torch.func.grad(loss)(x), *torch.func.jvp(loss, (x,), (x,))
+    assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
+    with record(model) as alone:
+        model(x)
+    torch.testing.assert_close(tape.absolute, alone.absolute)
+
+
 def test_a_forward_tangent_goes_through_a_recorded_add():
     model, x = residual_mlp(8, 2).requires_grad_(False), vectors()
     with record(model), forward_ad.dual_level():
@@ -162,8 +180,8 @@ def test_a_failure_before_the_first_pass_leaves_no_mode(monkeypatch):
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_vmap_is_refused_and_the_earlier_passes_stay_readable():
-    model = residual_mlp(8, 2)
+@pytest.mark.parametrize("model", [residual_mlp(8, 2), stacks(2)[0]])
+def test_vmap_is_refused_and_the_earlier_passes_stay_readable(model):
     refused = pytest.raises(RuntimeError, match="record: model must not run under vmap, got a bat")
     with record(model) as tape:
         for _ in range(2):

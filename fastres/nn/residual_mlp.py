@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from fastres.sites import add
+from fastres.sites import stack
 
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-# name -> (function, gain): Var(W1) = gain^2 / fan_in keeps E[act(W1 x)^2] near Var(x)
-_ACTIVATIONS: Final[Mapping[str, tuple[Callable[[Tensor], Tensor], float]]] = MappingProxyType(
+# name -> gain: Var(W1) = gain^2 / fan_in keeps E[act(W1 x)^2] near Var(x)
+_GAINS: Final[Mapping[str, float]] = MappingProxyType(
     {
-        "relu": (torch.relu, math.sqrt(2)),
-        "gelu": (F.gelu, math.sqrt(2)),
-        "silu": (F.silu, math.sqrt(2)),
-        "tanh": (torch.tanh, 5 / 3),
-        "sigmoid": (torch.sigmoid, 1.0),
-        "identity": (_identity, 1.0),
+        "relu": math.sqrt(2),
+        "gelu": math.sqrt(2),
+        "gelu_tanh": math.sqrt(2),
+        "silu": math.sqrt(2),
+        "tanh": 5 / 3,
+        "sigmoid": 1.0,
+        "identity": 1.0,
     }
 )
 
@@ -34,7 +29,7 @@ _ACTIVATIONS: Final[Mapping[str, tuple[Callable[[Tensor], Tensor], float]]] = Ma
 class ResidualStack(nn.Module):
     """L residual blocks with all their weights in four tensors.
 
-    The stack is held as one so that it can run as one operator. Block l computes
+    They run as one operator, `fastres.mlp_stack`, where that has kernels. Block l computes
 
         x <- x + W2[l] act(W1[l] x + b1[l]) + b2[l]
 
@@ -47,7 +42,7 @@ class ResidualStack(nn.Module):
         width: Features D of the stream.
         blocks: Number of blocks L; 0 gives the identity.
         hidden: Features H inside a branch; width if None.
-        activation: relu, gelu, silu, tanh, sigmoid or identity.
+        activation: relu, gelu, gelu_tanh, silu, tanh, sigmoid or identity.
 
     Raises:
         ValueError: If a size is too small or the activation is not known.
@@ -62,8 +57,8 @@ class ResidualStack(nn.Module):
         _check_size("ResidualStack", "width", width, 1)
         _check_size("ResidualStack", "blocks", blocks, 0)
         _check_size("ResidualStack", "hidden", hidden, 1)
-        if activation not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
+        if activation not in _GAINS:
+            known = ", ".join(_GAINS)
             raise ValueError(
                 f"ResidualStack: activation must be one of {known}, got {activation!r}"
             )
@@ -77,7 +72,7 @@ class ResidualStack(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew from torch's global generator; biases become 0."""
-        gain = _ACTIVATIONS[self.activation][1]
+        gain = _GAINS[self.activation]
         nn.init.normal_(self.w1, std=gain / math.sqrt(self.width))
         nn.init.normal_(self.w2, std=1 / math.sqrt(self.hidden * max(self.blocks, 1)))
         nn.init.zeros_(self.b1)
@@ -85,12 +80,7 @@ class ResidualStack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all blocks: x [..., D] -> [..., D]."""
-        act = _ACTIVATIONS[self.activation][0]
-        # unbind once: w1[l] in the loop would write a full-sized gradient per block, O(L^2)
-        weights = (self.w1.unbind(0), self.b1.unbind(0), self.w2.unbind(0), self.b2.unbind(0))
-        for w1, b1, w2, b2 in zip(*weights, strict=True):
-            x = add(x, F.linear(act(F.linear(x, w1, b1)), w2, b2))
-        return x
+        return stack(x, self.w1, self.b1, self.w2, self.b2, self.activation)
 
     def extra_repr(self) -> str:
         """Describe the stack in print(model)."""
@@ -113,7 +103,7 @@ class ResidualMLP(nn.Module):
         width: Features D of the stream.
         blocks: Number of residual blocks L, from 0 up.
         hidden: Features H inside a branch; width if None.
-        activation: relu, gelu, silu, tanh, sigmoid or identity; used inside the branches only.
+        activation: relu, gelu, gelu_tanh, silu, tanh, sigmoid or identity; inside the branches.
 
     Raises:
         ValueError: If a size is too small or the activation is not known.
