@@ -23,7 +23,9 @@ class Variant:
         bytes: Device memory traffic of one call by the bytes model, or None where there is none.
         around: A context that is open while the call is timed, opened outside the timing.
         capturable: Whether the call may be captured in a CUDA graph.
-        limit: Whether this is a limit (a copy) rather than the work itself.
+        limit: Whether this is a limit (a copy, a read) rather than the work itself.
+        saved: Given one set of inputs, returns the bytes that a forward pass keeps for its backward
+            pass; None where there is none.
     """
 
     build: Callable[..., Call]
@@ -31,6 +33,7 @@ class Variant:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     capturable: bool = True
     limit: bool = False
+    saved: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Case:
         slow: Whether a call takes so long that few rounds must do.
         graphed: Whether a GPU also times it by graph replay.
         goals: Variant prefix -> least ratio to fastres, "limit" -> least fraction of the limit,
-            "seconds" -> most seconds.
+            "seconds" -> most seconds, "saved" -> most of the bytes that eager saves.
         judged: The clock by which the goals are judged; by default every one.
+        reads: Whether the bytes are read rather than copied, so that the limit reads them as well.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Case:
     graphed: bool = True
     goals: dict[str, float] = field(default_factory=dict)
     judged: str = ""
+    reads: bool = False
 
     @property
     def title(self) -> str:

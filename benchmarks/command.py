@@ -94,6 +94,8 @@ def measure(
         torch.set_num_threads(count)
         peaks = limits.peaks(device, arguments.smoke)
         report["limits"].append({"threads": count, "gemm_flops": peaks})
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {kind}" for kind, rate in peaks.items())
+        print(f"best matrix product with {count} threads: {rates}")
         on = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
         with on:  # backward passes are captured on the stream of their forward pass: see GraphClock
             for case in _progress(selected(module, device, arguments), f"{count} threads"):
@@ -113,7 +115,7 @@ def one(
 ) -> None:  # fmt: skip
     """Measure a case by each of the clocks, and note in the report what came of it."""
     only = only or (NOT_COMPILED if protocol is SMOKE else "")
-    variants = {**case.variants, **limits.copies(case, device, threads)}
+    variants = {**case.variants, **limits.memory(case, device, threads)}
     variants = {k: v for k, v in variants.items() if re.search(only, k) or k == OURS or v.limit}
     if any(name.startswith("compile") for name in variants):
         torch._dynamo.reset()  # else the ninth shape of a function is no longer compiled

@@ -5,7 +5,8 @@ of them; the ratio to fastres is the median over rounds of the ratio within a ro
 sample the variant is called once, untimed, so that none inherits another's caches. A sample lasts
 at least a millisecond: fast calls are repeated within it. Cases out of cache rotate over as many
 sets of buffers as fill the last-level cache four times; cases in cache reuse one set. The limit is
-a copy of the same number of bytes, timed in the same rounds as two more variants.
+a copy of the same number of bytes, or reading them, timed in the same rounds as two more variants;
+or the operations at the rate of the best matrix product, where that takes longer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Timed:
     variant: Variant
     inner: int = 1
     samples: list[float] = field(default_factory=list)
+    saved: int | None = None  # bytes kept for the backward pass
 
 
 def rotation(calls: Sequence[Call]) -> Call:
@@ -102,7 +104,8 @@ def prepare(
             with variant.around():
                 calls = [variant.build(*each) for each in inputs]
                 loop = clock.prepare(calls, rotation(calls), variant.capturable)
-            ready[name] = Timed(loop, variant)
+                saved = variant.saved(*inputs[0]) if variant.saved else None
+            ready[name] = Timed(loop, variant, saved=saved)
         except UnavailableError as reason:
             missing[name] = str(reason)
         except Exception as error:  # a variant that fails must not end the run: it is reported
@@ -146,9 +149,10 @@ def row(name: str, timed: Timed, ours: Sequence[float], case: Case, floor: float
     """Return what a result file says of one variant; `floor` is the time of the limit, or 0."""
     figures = summarise(timed.samples, ours)
     model, median = timed.variant.bytes, figures["median_s"]
+    saved = {} if timed.saved is None else {"saved_bytes": timed.saved}
     return {
         "variant": name, "limit": timed.variant.limit, **figures,
         "inner": timed.inner * timed.loop.per, "gb_per_s": case.bytes / median / 1e9,
         "fraction": floor / median if floor else None,
-        "predicted": model / case.bytes if model and case.bytes else None,
+        "predicted": model / case.bytes if model and case.bytes else None, **saved,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""limits: what the device can do at best: copies of as many bytes as a case moves, and a GEMM."""
+"""limits: what a device does at best: copies and reads of a case's bytes, and a matrix product."""
 
 from __future__ import annotations
 
@@ -12,10 +12,33 @@ from benchmarks.case import Case, Variant
 from benchmarks.clocks import Call, EventClock
 
 
-def copies(case: Case, device: torch.device, threads: int) -> dict[str, Variant]:
-    """Return the copies that read and write `case.bytes` in all; the fastest is the limit."""
+def memory(case: Case, device: torch.device, threads: int) -> dict[str, Variant]:
+    """Return what moves the bytes of a case and does nothing else; the fastest is the limit."""
     if not case.bytes:
         return {}
+    return reads(case, device) if case.reads else copies(case, device, threads)
+
+
+def reads(case: Case, device: torch.device) -> dict[str, Variant]:
+    """Return the reductions that read `case.bytes`."""
+    half = max(16, int(case.bytes) // 8)
+
+    def total(*_: torch.Tensor) -> Call:
+        source = torch.randn(2 * half, device=device)
+        return lambda: source.sum()
+
+    def dot(*_: torch.Tensor) -> Call:
+        a, b = torch.randn(2, half, device=device)
+        return lambda: torch.dot(a, b)
+
+    found = {"sum": total, "dot": dot}
+    return {
+        f"limit: read, {k}": Variant(build, case.bytes, limit=True) for k, build in found.items()
+    }
+
+
+def copies(case: Case, device: torch.device, threads: int) -> dict[str, Variant]:
+    """Return the copies that read and write `case.bytes` in all."""
     half = max(64, int(case.bytes) // 2)
 
     def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +102,13 @@ def gemm(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) 
 
 
 def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
-    """Measure the GEMM peak in float32, and in bfloat16 on a GPU, in operations per second."""
+    """Measure the best matrix product, of float32 and on a GPU of bfloat16, in operations per s.
+
+    On a CPU it is the best of sizes from 256 to 2048.
+    """
     kinds = [torch.float32] + [torch.bfloat16] * (device.type == "cuda")
-    size = 64 if smoke else 8192 if device.type == "cuda" else 2048
-    return {str(kind).removeprefix("torch."): gemm(device, kind, size) for kind in kinds}
+    sizes = (64,) if smoke else (8192,) if device.type == "cuda" else (256, 512, 1024, 2048)
+    return {
+        str(kind).removeprefix("torch."): max(gemm(device, kind, size) for size in sizes)
+        for kind in kinds
+    }

@@ -55,29 +55,38 @@ def table(report: Report, everything: bool) -> str:
         by_case.setdefault(tuple(str(row[key]) for key in KEY), []).append(row)
     others = {row["variant"]: None for row in rows if not row["limit"] and row["variant"] != OURS}
     columns = list(dict.fromkeys(group(name) for name in others))
-    memory = any(row["bytes"] for row in rows)
+    rate = ""
+    if any(row["bytes"] for row in rows):
+        reads = any(row["variant"].startswith("limit: read") for row in rows)
+        rate = "GFLOP/s" if reads else "GB/s"
+    saved = any("saved_bytes" in row for row in rows)
     gpu = report["device"]["kind"] == "cuda"
     head = ["case", "shape", "dtype", "timed by" if gpu else "threads", "fastres"]
-    head += ["GB/s", "of copy"] * memory + [f"{name}, ratio" for name in columns]
+    head += [rate, "of copy" if rate == "GB/s" else "of limit"] * bool(rate)
+    head += [f"{name}, ratio" for name in columns] + ["saved, of eager"] * saved
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for found in by_case.values():
-        lines.append("| " + " | ".join(_cells(found, columns, memory, gpu)) + " |")
+        lines.append("| " + " | ".join(_cells(found, columns, rate, gpu, saved)) + " |")
     return "\n".join(lines)
 
 
-def _cells(found: list[Row], columns: list[str], memory: bool, gpu: bool) -> list[str]:
+def _cells(found: list[Row], columns: list[str], rate: str, gpu: bool, saved: bool) -> list[str]:
     """Return the cells of one case."""
     ours = next(row for row in found if row["variant"] == OURS)
     layout = "" if ours["layout"] == "contiguous" else f" {ours['layout']}"
     cells = [ours["case"], f"{ours['shape']}{layout}", ours["dtype"]]
     cells += [ours["clock"] if gpu else str(ours["threads"]), seconds(ours["median_s"])]
-    if memory:
+    if rate:
         moved = ours["bytes"] > 0
-        cells.append(f"{ours['gb_per_s']:.1f}" if moved else "")
+        value = ours["gb_per_s"] if rate == "GB/s" else ours["flops"] / ours["median_s"] / 1e9
+        cells.append(f"{value:.1f}" if moved else "")
         cells.append(f"{ours['fraction']:.0%}" if moved and ours["fraction"] else "")
     for name in columns:
         ratios = [row["ratio"] for row in found if group(row["variant"]) == name]
         cells.append(f"{min(ratios):.2f}x" if ratios else "")
+    if saved:
+        part = results.saved_of_eager(found)
+        cells.append(f"{part:.1%}" if part is not None else "")
     return cells
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, residual_add, results, tables
+import fastres
+from benchmarks import limits, machine, mlp_stack, residual_add, results, tables
+from benchmarks import stack_baselines as others
 from benchmarks.case import OURS, Case, Protocol, Variant
 from benchmarks.clocks import UnavailableError, WallClock
 from benchmarks.command import measure, run
@@ -125,15 +128,25 @@ def test_a_device_gets_a_folder_name(model, cores, name):
     assert machine.slug(model, cores) == name
 
 
-@pytest.fixture(scope="module")
-def smoke():
-    """The report of a smoke run of residual_add."""
+def smoke_of(module):
     before = torch.get_num_threads()
     asked = {"device": "cpu", "threads": [1], "filter": "", "variants": "", "commit": "0123456789"}
     asked |= {"cpu_time": False}
-    report = measure(residual_add, Namespace(**asked, smoke=True), float("inf"), "")
+    report = measure(module, Namespace(**asked, smoke=True), float("inf"), "")
     torch.set_num_threads(before)
     return report
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    """The report of a smoke run of residual_add."""
+    return smoke_of(residual_add)
+
+
+@pytest.fixture(scope="module")
+def smoke_of_stack():
+    """The report of a smoke run of mlp_stack."""
+    return smoke_of(mlp_stack)
 
 
 def test_a_smoke_run_measures_every_case_and_writes_nothing(tmp_path, capsys):
@@ -156,7 +169,7 @@ def check_keys(report):
     assert set(report) == results.FILE
     assert {"fastres", "torch", "python", "build"} <= set(report["versions"])
     assert report["rows"]
-    assert all(set(row) == results.ROW for row in report["rows"])
+    assert all(set(row) - {"saved_bytes"} == results.ROW for row in report["rows"])
     assert report["commit"]
 
 
@@ -184,6 +197,99 @@ def test_tables_are_written_between_their_markers(smoke):
     assert "old" not in fresh
     assert fresh.endswith("Not yet measured on a GPU.\n<!-- end -->\nafter\n")
     assert tables.render(fresh, [smoke]) == fresh
+
+
+def test_a_stack_is_measured_beside_every_baseline_that_needs_no_compiler(smoke_of_stack):
+    assert [entry["variant"] for entry in smoke_of_stack["not_measured"]] == []
+    measured = {(row["case"], row["variant"]) for row in smoke_of_stack["rows"]}
+    assert {("forward", name) for name in (OURS, "eager", "measured eager", "oneDNN")} <= measured
+    assert {(name, OURS) for name in ("training step", "checkpointed step")} <= measured
+    limit = {row["variant"] for row in smoke_of_stack["rows"] if row["limit"]}
+    assert limit == {"limit: read, sum", "limit: read, dot"}
+
+
+def test_the_table_of_a_stack_has_its_rate_its_limit_and_what_it_saves(smoke_of_stack):
+    head, _, *lines = tables.table(smoke_of_stack, everything=True).splitlines()
+    cells = [dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in lines]
+    assert "GB/s" not in head
+    assert list(cells[0])[4:8] == ["fastres", "GFLOP/s", "of limit", "eager, ratio"]
+    saved = {c["| case"].strip("| "): c["saved, of eager |"].strip("| ") for c in cells}
+    assert saved["forward"] == ""
+    rows = [row for row in smoke_of_stack["rows"] if row["case"] == "training step"]
+    kept = {row["variant"]: row["saved_bytes"] for row in rows if not row["limit"]}
+    assert saved["training step"] == f"{kept[OURS] / kept['eager']:.1%}"
+
+
+def test_saved_bytes_are_a_goal_that_is_met_from_below():
+    work = case({}, goals={"saved": 0.5})
+    rows = [{"variant": OURS, "saved_bytes": 40}, {"variant": "eager", "saved_bytes": 100}]
+    report = {"goals": []}
+    results.judge(report, work, "wall", 1, rows)
+    results.judge(report, work, "wall", 1, [{**rows[0], "saved_bytes": 60}, rows[1]])
+    assert [(goal["measured"], goal["met"]) for goal in report["goals"]] == [
+        (0.4, True),
+        (0.6, False),
+    ]
+
+
+def test_an_overhead_is_told_in_percent(capsys):
+    report = {"goals": []}
+    rows = [{"variant": "norms off", "ratio": 1 / 1.04}]
+    results.judge(report, case({}, goals={"norms off": 1 / 1.05}), "wall", 1, rows)
+    results.verdict(report)
+    assert "goal met    norms off  at least 0.952" in (said := capsys.readouterr().out)
+    assert "(+4.0% of at most 5%)" in said
+
+
+def test_a_storage_that_is_saved_counts_once_and_parameters_do_not():
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    # linear keeps x and w, relu its result, which the second linear keeps again.
+    kept = others.saved_bytes(lambda: torch.nn.functional.linear((x @ w).relu(), w), [w])
+    assert kept == 2 * 8 * 4 * 4
+
+
+STACK = (5, 3, 16)  # blocks, batch, width
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        others.forward(others.eager).build,
+        others.forward(others.measured).build,
+        others.forward(others.segmented).build,
+        others.onednn,
+    ],
+    ids=["eager", "measured", "segmented", "oneDNN"],
+)
+def test_other_ways_to_run_a_stack_compute_the_same(build):
+    torch.manual_seed(0)
+    given = mlp_stack.tensors(STACK, torch.float32, torch.device("cpu"))
+    try:
+        found = build(*given)()
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    y = found[0] if isinstance(found, tuple) else found
+    torch.testing.assert_close(y, fastres.mlp_stack(*given)[0])
+    assert not torch.allclose(y, given[0], atol=0.1)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_bytes_and_operations_of_a_stack_are_those_of_eager(train):
+    given = mlp_stack.tensors(STACK, torch.float32, torch.device("cpu"), grad=train)
+    call = (others.training if train else others.forward)(others.eager).build(*given)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    moved, operations = mlp_stack.work(STACK, torch.float32, train)
+    assert counter.get_total_flops() == operations
+    stream, weights = given[0].nbytes, sum(t.nbytes for t in given[1:5])
+    assert moved == (3 * weights + 4 * stream if train else weights + 2 * stream)
+
+
+def test_the_limit_of_reading_reads_the_bytes_of_the_case():
+    found = limits.memory(case({}, reads=True, bytes=4096.0), torch.device("cpu"), 1)
+    for variant in found.values():
+        held = [cell.cell_contents for cell in variant.build().__closure__]
+        assert sum(t.nbytes for t in held) == 4096
 
 
 def test_a_benchmark_without_results_says_so():
