@@ -36,7 +36,7 @@ def choices(
         start: Site at whose block the paths begin; None for the model's input.
 
     Returns:
-        The outermost choices, in order.
+        The outermost choices, in order. Sites side by side in one branch stand one after the other.
     """
     known = set(counted)
     found = [Choice(site, site in known) for site in range(len(levels))]

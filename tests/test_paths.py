@@ -124,6 +124,41 @@ def test_nested_blocks_keep_their_range_too(chunk):
     torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
 
 
+class ParallelScale(nn.Module):
+    """x + z + c z with z = c x, as the mean of two sites side by side."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor(c, dtype=torch.float64))
+        self.one, self.two = Scale(c), Scale(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([self.one(self.c * x), self.two(self.c * x)])
+        return x + both.mean(0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 30])
+def test_sites_side_by_side_are_both_counted(chunk):
+    c, blocks = 0.25, 6
+    model = nn.Sequential(*[ParallelScale(c) for _ in range(blocks)])
+    paths = path_gradients(model, vectors(), torch.sum, chunk=chunk)
+    assert len(paths.sites) == 18
+    powers = [1]  # (1 + t + t^2)^6
+    for _ in range(blocks):
+        powers = [sum(powers[max(0, k - 2) : k + 1]) for k in range(len(powers) + 2)]
+    known = [n * c**k * 3 for k, n in enumerate(powers)]
+    assert paths.norms[:13].tolist() == pytest.approx(known, rel=1e-12)
+    assert not paths.norms[13:].any()
+
+
+def test_a_tail_far_below_1_is_held_exactly():
+    model = nn.Sequential(*[Scale(0.01) for _ in range(300)]).float()
+    paths = path_gradients(model, torch.ones(2, 3), torch.sum, 40)
+    known = sum(math.comb(300, k) * 0.01**k for k in range(41, 301))
+    assert paths.tail_norm == pytest.approx(known * 6**0.5, rel=1e-4)
+    assert paths.tail[0, 0].item() == pytest.approx(known, rel=1e-4)
+
+
 def test_norms_beyond_float32_are_right_and_that_they_cancel_is_said():
     model = nn.Sequential(*[Scale(-2.0) for _ in range(300)]).float()
     with pytest.warns(UserWarning, match=r"the lengths cancel, .* 1\.4e\+143 times"):
