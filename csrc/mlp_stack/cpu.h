@@ -31,9 +31,12 @@ struct Team {
   Step steps[kMost];  // of each member
 };
 
-// Threads that share one tile, or 1.
+// Threads that share one tile, or 1. Below 512 weights for each sample that threads tell each other
+// of, a meeting costs more than a second thread brings.
 inline int members_for(const Shape& s, int64_t threads) {
-  if (ceil_div(s.batch, kLargestGroup) >= threads) return 1;
+  if (ceil_div(s.batch, kLargestGroup) >= threads ||
+      s.width * s.hidden < 512 * (s.batch < 16 ? s.batch : 16))
+    return 1;
   const int64_t chunks = ceil_div(s.width < s.hidden ? s.hidden : s.width, kChunk);
   const int64_t most = chunks < Team::kMost ? chunks : Team::kMost;
   return static_cast<int>(threads < most ? threads : most);
