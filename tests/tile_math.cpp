@@ -8,8 +8,7 @@ using namespace fastres;
 
 template <class A, class F> void each(const A* in, A* out, int64_t count, const F& f) {
   using namespace fastres::FASTRES_ISA;
-  for (int64_t i = 0; i < count; i += kLanes)
-    Stored<A>::store(out + i, f(Stored<A>::load(in + i)));
+  for (int64_t i = 0; i < count; i += kLanes) Stored<A>::store(out + i, f(Stored<A>::load(in + i)));
 }
 
 template <class A> void function(int which, const A* in, A* out, int64_t count) {

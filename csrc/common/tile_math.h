@@ -45,16 +45,16 @@ struct VectorMath {
     return y * (Vector)((half + 127) << 23) * (Vector)((power - half + 127) << 23);
   }
 
-  // Near 0 an odd polynomial; else 1 - 2 / (exp(2 |x|) + 1).
+  // Of |x|, so that -0 stays -0: near 0 an odd polynomial, else 1 - 2 / (exp(2 |x|) + 1).
   FASTRES_HD static Vector tanh(const Vector& x) {
     const Vector size = abs(x), s = x * x;
     const Vector near = polynomial({-3.33332819e-1f, 1.33314422e-1f, -5.37397155e-2f,
                                     2.06390888e-2f, -5.70498872e-3f},
                                    s) *
-                            s * x +
-                        x;
+                            s * size +
+                        size;
     const Vector far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
-    return choose(size < 0.625f, near, with_sign_of(x, far));
+    return with_sign_of(x, choose(size < 0.625f, near, far));
   }
 
   // Near 0 an odd polynomial; else 1 - erfc(|x|), with a polynomial for log(erfc). Fitted to 1e-8
