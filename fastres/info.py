@@ -29,6 +29,7 @@ VARIABLES = {  # that fastres honours -> what they are for
     "CUDA_HOME": "installing: the CUDA toolkit",
     "CXX": "installing: the C++ compiler",
     "FASTRES_ISA": "running: portable, avx2 or avx512 at most",
+    "FASTRES_MLP_STACK": "running: layers or persistent, the CUDA kernels of mlp_stack",
     "FASTRES_DATA": "running: folder of MNIST and CIFAR-10",
     "FASTRES_TRACEBACK": "running: tracebacks of the command line's errors",
 }
@@ -115,7 +116,10 @@ def _cpu() -> Library:
 def _cuda() -> Library:
     if "_C_cuda" not in native.missing:
         archs = native.C.build_info()["cuda_archs"].split()
-        return _present({"built for": " ".join(f"sm_{arch}" for arch in archs)})
+        facts = {"built for": " ".join(f"sm_{arch}" for arch in archs)}
+        if torch.cuda.is_available():
+            facts["mlp_stack"] = _whole_stacks()
+        return _present(facts)
     if torch.version.cuda is None:
         install = "install a torch with CUDA"
         reason = f"torch {torch.__version__} has no CUDA"
@@ -124,6 +128,19 @@ def _cuda() -> Library:
         install = f"install the CUDA toolkit {torch.version.cuda}, set CUDA_HOME"
         return _absent("_C_cuda", "FASTRES_CUDA=1", "no nvcc", install)
     return _absent("_C_cuda", "FASTRES_CUDA=1")
+
+
+def _whole_stacks() -> str:
+    """Up to which D = H the current GPU takes a whole stack in one launch, by dtype."""
+    persistent, found = native.raw("_mlp_stack_persistent"), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        fit = [
+            width
+            for width in range(16, 1025, 16)
+            if persistent(torch.empty(1024, width, dtype=dtype, device="cuda"), width, False)
+        ]
+        found.append(f"{max(fit, default=0)} {str(dtype).removeprefix('torch.')}")
+    return f"one launch up to D = H = {', '.join(found)}; else layer by layer"
 
 
 def _present(facts: dict[str, str]) -> Library:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -10,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import build, residual_add
-from cuda_on_cpu.residual_add_reference import cases
+from cuda_on_cpu import build, mlp_stack, mlp_stack_reference, residual_add, residual_add_reference
 
 SOURCES = sorted(build.ROOT.glob("csrc/*/cuda.cu"))
 SEEDS = [1, 2]  # besides 0, the order of the indices
@@ -37,30 +37,53 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
 
 @needs_fibers
 @pytest.mark.parametrize("seed", SEEDS)
-def test_residual_add_is_right_in_every_order_of_its_threads(seed: int) -> None:
-    library = build.library(sources("residual_add"), build.toolkit())
-    in_order, shuffled = (residual_add.Runner(str(library), s) for s in (0, seed))
-    for case in cases(seed):
+@pytest.mark.parametrize(
+    ("op", "reference"),
+    [(residual_add, residual_add_reference), (mlp_stack, mlp_stack_reference)],
+    ids=["residual_add", "mlp_stack"],
+)
+def test_results_are_right_and_the_same_in_every_order_of_the_threads(op, reference, seed) -> None:
+    library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
+    in_order, shuffled = (op.Runner(str(library), s) for s in (0, seed))
+    for case in reference.cases(seed):
         written = zip(in_order.run(case), shuffled.run(case), strict=True)
         assert all(a.tobytes() == b.tobytes() for a, b in written), f"{case} depends on the order"
 
 
+def run_in_its_own_process(op: str, library: Path, environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", f"cuda_on_cpu.{op}", str(library), "3"]
+    done = subprocess.run(
+        command, cwd=build.HERE.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @needs_fibers
-def test_residual_add_stays_within_its_memory() -> None:
+@pytest.mark.parametrize(
+    ("route", "used"), [("layers", "40 cases on layers"), ("persistent", "32 cases on persistent")]
+)
+def test_the_kernels_of_a_stack_can_be_chosen(route: str, used: str) -> None:  # float64: layers
+    library = build.library(sources("mlp_stack"), build.toolkit())
+    environment = {**os.environ, "FASTRES_MLP_STACK": route}
+    assert used in run_in_its_own_process("mlp_stack", library, environment)
+
+
+@needs_fibers
+def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
+    library = build.library(sources("mlp_stack"), build.toolkit())
+    environment = {**os.environ, "FASTRES_MLP_STACK": "fast"}
+    with pytest.raises(AssertionError, match="must be layers or persistent, got fast"):
+        run_in_its_own_process("mlp_stack", library, environment)
+
+
+@needs_fibers
+@pytest.mark.parametrize("op", ["residual_add", "mlp_stack"])
+def test_kernels_stay_within_their_memory(op: str) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")
     flags = [*build.SANITIZE, *build.OWN_TYPES]  # our own types: they are tried nowhere else
-    library = build.library(sources("residual_add"), flags)
-    command = [sys.executable, "-m", residual_add.__name__, str(library), "3"]
-    done = subprocess.run(
-        command,
-        cwd=build.HERE.parent,
-        env=build.sanitizer_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_its_own_process(op, build.library(sources(op), flags), build.sanitizer_environment())
 
 
 @needs_fibers
@@ -75,6 +98,10 @@ def test_residual_add_stays_within_its_memory() -> None:
         (4, "foreign_mask: .*__shfl_xor_sync: lane not in its own mask"),
         (5, "missing_barrier: wrong sum"),
         (6, "too_large: invalid launch configuration"),
+        (7, "early_read: wrong sum"),
+        (8, "part_of_a_warp: .*multiply_add: needs a whole warp"),
+        (9, "not_shared: .*load_matrices: address not in shared memory"),
+        (10, "too_much_shared: invalid launch configuration"),
     ],
 )
 def test_the_fibers_find_the_fault(which: int, found: str, seed: int) -> None:

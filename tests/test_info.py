@@ -93,6 +93,13 @@ def test_an_extra_names_the_packages_it_lacks(monkeypatch):
 
 def test_every_variable_that_is_read_is_listed():
     read = re.compile(r"(?:environ|getenv|setting|needs)\b[^\n]*?\"(FASTRES_\w+)\"")
-    files = [*ROOT.glob("fastres/**/*.py"), *ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"]
+    files = [*ROOT.glob("fastres/**/*.py"), *ROOT.glob("csrc/*/*.*"), ROOT / "setup.py"]
     found = {name for path in files for name in read.findall(path.read_text())}
     assert found == {name for name in info.VARIABLES if name.startswith("FASTRES_")}
+
+
+def test_the_kernels_of_a_stack_on_this_gpu_are_told():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    told = info.collect()["libraries"]["_C_cuda"]["facts"]["mlp_stack"]
+    assert re.match(r"one launch up to D = H = \d+ float32, \d+ bfloat16, \d+ float16; ", told)

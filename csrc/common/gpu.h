@@ -1,5 +1,6 @@
 // gpu: what kernels use beyond CUDA C++, by one name for nvcc and for a compiler that runs them on
-// the CPU. This is the only file that knows both; the CPU's half stands on tests/cuda_on_cpu.
+// the CPU. Only this file, gpu_async.h and gpu_mma.h know both; the CPU's half stands on
+// tests/cuda_on_cpu.
 //   SHARED_ARRAY(float, tile, [16][17]);   stands for __shared__ float tile[16][17];
 //   launch("op_kernel", op_kernel<T>, grid, threads, stream, args...);
 #pragma once
@@ -21,6 +22,7 @@ namespace fastres::gpu {
 #define SHARED_ARRAY(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid in x, the hardware's limit
+constexpr int64_t kMultiprocessors = 132;   // of an H100 or H200; constant, and so are results
 
 // 16 bytes at p, a multiple of 16.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
@@ -50,6 +52,8 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, void
   static_assert(true)
 
 constexpr int64_t kMaxBlocks = 5;  // so few that small tensors reach what loops over a full grid
+constexpr int64_t kMultiprocessors =
+    2;  // likewise, what is for more samples than they take at once
 
 inline uint4 load16(const void* p, cuda_on_cpu::Site at = cuda_on_cpu::Site::here()) {
   cuda_on_cpu::check16("load16", p, at);

@@ -17,6 +17,9 @@ namespace {
 constexpr const char* kName = "mlp_stack";
 
 #if defined(FASTRES_CUDA)
+// 64 MiB: so many blocks that one launch of their weight gradients fills the GPU.
+constexpr int64_t kLeftBytes = 64 << 20;
+
 void run(const Args& a, const Tensor& x) {
   on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
 }
@@ -27,6 +30,9 @@ void run(const BackwardArgs& a, const Tensor& x) {
   });
 }
 #else
+// 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
+constexpr int64_t kLeftBytes = 2 << 20;
+
 struct Buffer {  // on a boundary of a cache line
   explicit Buffer(int64_t bytes)
       : data(::operator new(bytes, std::align_val_t(64)),
@@ -161,9 +167,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
   return {y, sums, states};
 }
 
-// 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
-constexpr int64_t kLeftBytes = 2 << 20;
-
 // Blocks whose backward pass is one segment: those between two saved states, or as many as leave
 // kLeftBytes.
 int64_t segment_of(const Shape& s, int64_t every) {
@@ -231,7 +234,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           narrowed(grads[2]), narrowed(grads[3]), ggate};
 }
 
-#if !defined(FASTRES_CUDA)
+#if defined(FASTRES_CUDA)
+bool persistent(const Tensor& x, int64_t hidden, bool tf32) {
+  Shape s{x.size(0), x.size(1), hidden, 1, dtype_of(kName, "x", x), Activation::kRelu, false, tf32};
+  bool found = false;
+  on_stream_of(x, [&](void*) { found = std::string(route_cuda(s)) == "persistent"; });
+  return found;
+}
+#else
 constexpr std::array<const char*, 7> kActivations = {"identity", "relu", "tanh",     "sigmoid",
                                                      "silu",     "gelu", "gelu_tanh"};
 
@@ -284,6 +294,7 @@ const numpy::Entry entry([](py::module_& m) {
 
 #if defined(FASTRES_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
+  m.impl("_mlp_stack_persistent", TORCH_BOX(&fastres::mlp_stack::persistent));
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
@@ -293,6 +304,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
       "_mlp_stack_backward(Tensor gy, Tensor? gstates, Tensor states, Tensor w1, Tensor b1, "
       "Tensor w2, Tensor b2, Tensor? gate, int blocks, int activation, int every, bool weights, "
       "bool gate_grad, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_mlp_stack_persistent(Tensor x, int hidden, bool tf32) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif

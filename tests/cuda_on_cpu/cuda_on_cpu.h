@@ -31,13 +31,6 @@ inline const cuda_on_cpu::Index &threadIdx = cuda_on_cpu::thread_index,
 
 namespace cuda_on_cpu {
 
-// NaN as bfloat16 and as float16; two and four of it NaN as float32 and float64.
-constexpr uint16_t kPoison = 0x7ff5;
-
-inline void poison(void* data, size_t bytes) {
-  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(static_cast<char*>(data) + i, &kPoison, 2);
-}
-
 inline bool is_shared(const void* p) {
   const char* c = static_cast<const char*>(p);
   return std::any_of(block.shared.begin(), block.shared.end(),

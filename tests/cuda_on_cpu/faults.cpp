@@ -1,5 +1,6 @@
 // faults: kernels with one fault each, by which the fibers show that they find it.
-#include "../../csrc/common/gpu.h"
+#include "../../csrc/common/gpu_async.h"
+#include "../../csrc/common/gpu_mma.h"
 
 namespace {
 
@@ -29,6 +30,26 @@ __global__ void missing_barrier_kernel(float* sum) {
   *sum += all[threadIdx.x ^ 32];
 }
 
+// Sums the first of the 16 bytes that each thread copies, before they have landed.
+__global__ void early_read_kernel(const float* in, float* sum) {
+  SHARED_ARRAY(float, all, [32 * 4]);
+  fastres::gpu::start_copy16(all + 4 * threadIdx.x, in, true);
+  fastres::gpu::end_copy_group();
+  fastres::gpu::wait_for_copies<1>();
+  *sum += all[4 * threadIdx.x];
+}
+
+__global__ void part_of_a_warp_kernel() {
+  float d[4] = {};
+  const uint32_t a[4] = {};
+  fastres::gpu::multiply_add<float>(d, a, 0, 0);
+}
+
+__global__ void not_shared_kernel(const float* in) {
+  uint32_t r[4];
+  fastres::gpu::load_matrices<false>(r, in);
+}
+
 }  // namespace
 
 // Runs fault number `which`; returns what was found, or null.
@@ -47,6 +68,16 @@ extern "C" const char* fault(int which, uint64_t seed) {
       if (data[0] != 2016) throw std::runtime_error("missing_barrier: wrong sum");
     }
     if (which == 6) launch("too_large", foreign_mask_kernel, dim3(1), 2048, nullptr);
+    if (which == 7) {
+      launch("early_read", early_read_kernel, dim3(1), 32, nullptr, data, data + 4);
+      if (data[4] != 0) throw std::runtime_error("early_read: wrong sum");
+    }
+    if (which == 8) launch("part_of_a_warp", part_of_a_warp_kernel, dim3(1), 24, nullptr);
+    if (which == 9) launch("not_shared", not_shared_kernel, dim3(1), 32, nullptr, data);
+    std::atomic<uint64_t> allowed{0};
+    if (which == 10)
+      fastres::gpu::launch_with_shared("too_much_shared", part_of_a_warp_kernel, allowed, dim3(1),
+                                       32, cuda_on_cpu::options.shared_bytes + 1, nullptr);
 #if defined(FLOAT_ATOMIC)
     atomicAdd(data, 1.0f);
 #endif

@@ -47,6 +47,7 @@ namespace cuda_on_cpu {
 
 struct Options {
   uint64_t seed = 0;  // 0: blocks and threads in the order of their indices; else in random orders
+  int64_t shared_bytes = 227 << 10;  // of dynamic shared memory, at most: those of an H200
 };
 inline Options options;
 
@@ -70,10 +71,18 @@ struct Context {
 constexpr size_t kStackBytes = 256 * 1024;  // 28 KiB are used at most under the address sanitizer
 constexpr unsigned kMostThreads = 1024, kWarp = 32;
 
+struct Copy {  // of 16 bytes to shared memory, under way; `from` null: of zeros
+  void* to;
+  const void* from;
+  unsigned group;
+};
+
 struct Fiber {
   Fiber();
   ~Fiber();
   Context context;
+  std::vector<Copy> copies;
+  unsigned groups = 0;  // of copies, so far
   bool waiting = false, exited = false;
   const char* what = nullptr;  // what it waits at, where, with which lanes (0: the whole block)
   Site at{};
@@ -87,9 +96,22 @@ struct Region {  // of shared memory
   size_t bytes;
 };
 
+// NaN as bfloat16 and as float16; two and four of it NaN as float32 and float64.
+constexpr uint16_t kPoison = 0x7ff5;
+
+inline void poison(void* data, size_t bytes) {
+  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(static_cast<char*>(data) + i, &kPoison, 2);
+}
+
+struct AlignedDelete {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t(128)); }
+};
+
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Region> shared;
+  std::unique_ptr<char[], AlignedDelete> dynamic;  // shared memory of the launch's size
+  size_t dynamic_bytes = 0;
   unsigned threads = 0, current = 0, exited = 0, arrived = 0;
   unsigned order[kMostThreads], rank[kMostThreads];  // who goes first; its inverse
   uint64_t ready[kMostThreads / 64] = {};            // by rank: who can run
@@ -244,10 +266,13 @@ inline std::string deadlock() {
 
 inline void run_block() {
   ++block.count, block.exited = block.arrived = 0, block.shared.clear();
+  if (block.dynamic_bytes) block.shared.push_back({block.dynamic.get(), block.dynamic_bytes});
+  for (const Region& region : block.shared) poison(region.data, region.bytes);
   draw_order();
   for (unsigned t = 0; t < block.threads; ++t) {
     Fiber& f = *block.fibers[t];
     f.waiting = f.exited = false, f.arrived = 0;
+    f.copies.clear(), f.groups = 0;
     make_ready(t);
   }
   for (unsigned word = 0; word < kMostThreads / 64 && block.error.empty();) {
@@ -270,11 +295,15 @@ inline void run_block() {
 
 // Runs kernel() once for each thread of each block of the grid.
 inline void run_grid(const char* name, Index grid, Index threads,
-                     const std::function<void()>& kernel) {
+                     const std::function<void()>& kernel, size_t shared_bytes = 0) {
   const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (!count || count > kMostThreads || !blocks || grid.x >> 31 || grid.y > 65535 || grid.z > 65535)
+  if (!count || count > kMostThreads || !blocks || grid.x >> 31 || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > size_t(options.shared_bytes))
     throw std::runtime_error(std::string(name) + ": invalid launch configuration");
+  block.dynamic.reset(shared_bytes ? new (std::align_val_t(128)) char[shared_bytes]
+                                   : nullptr);  // nothing beyond it
+  block.dynamic_bytes = shared_bytes;
   grid_size = grid, block_size = threads;
   block.name = name, block.kernel = &kernel, block.threads = unsigned(count);
   block.random = options.seed * 0x9e3779b97f4a7c15u | 1;

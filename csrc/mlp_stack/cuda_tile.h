@@ -1,0 +1,190 @@
+// cuda_tile: what is done with the products of a tile of samples and features while they are in
+// registers: bias, activation, gate, residual and sums, and the same backwards. Used by the kernels
+// of one layer and of the whole stack.
+#pragma once
+#include "../common/gpu_math.h"
+#include "../common/gpu_product.h"
+#include "activation.h"
+#include "kernel.h"
+
+namespace fastres::mlp_stack {
+
+using gpu::Arithmetic;
+using gpu::for_spots;
+using gpu::Matrix;
+using gpu::narrow;
+using gpu::Pair;
+using gpu::Products;
+using gpu::Spot;
+using gpu::widen;
+
+template <class T> __device__ __forceinline__ const T* at(const void* p, int64_t i) {
+  return p ? static_cast<const T*>(p) + i : nullptr;
+}
+template <class T> __device__ __forceinline__ T* at(void* p, int64_t i) {
+  return p ? static_cast<T*>(p) + i : nullptr;
+}
+
+template <class A> __device__ __forceinline__ Pair<A> scaled(A factor, const Pair<A>& v) {
+  return {{gpu::product(factor, v.v[0]), gpu::product(factor, v.v[1])}};
+}
+
+template <class A> __device__ __forceinline__ Pair<A> plus(const Pair<A>& a, const Pair<A>& b) {
+  return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}};
+}
+
+// Rows of a matrix in global memory, read and written two columns at a time.
+template <class T> struct Rows {
+  T* data;  // [rows, cols], `stride` elements from row to row; null: no such matrix
+  int64_t stride, rows;
+  int cols;
+  bool even;  // rows and pairs begin on boundaries of pairs
+
+  using Value = std::remove_const_t<T>;
+  using A = gpu::accumulate_t<Value>;
+  __device__ __forceinline__ int count(int64_t row, int col) const {  // columns of the pair, 0..2
+    return !data || row >= rows || col >= cols ? 0 : col + 1 < cols ? 2 : 1;
+  }
+  __device__ __forceinline__ Pair<A> load(int64_t row, int col) const {
+    const int n = count(row, col);
+    if (n == 0) return {};
+    const T* p = data + row * stride + col;
+    if (even) {
+      const Pair<Value> both = *reinterpret_cast<const Pair<Value>*>(p);
+      return {{widen(both.v[0]), widen(both.v[1])}};
+    }
+    return {{widen(p[0]), n == 2 ? widen(p[1]) : A(0)}};
+  }
+  __device__ __forceinline__ void store(int64_t row, int col, const Pair<A>& v) const {
+    const int n = count(row, col);
+    if (n == 0) return;
+    T* p = data + row * stride + col;
+    if (even) {
+      *reinterpret_cast<Pair<T>*>(p) = {{narrow<T>(v.v[0]), narrow<T>(v.v[1])}};
+      return;
+    }
+    p[0] = narrow<T>(v.v[0]);
+    if (n == 2) p[1] = narrow<T>(v.v[1]);
+  }
+};
+// A contiguous matrix of samples.
+template <class T> FASTRES_HD Rows<T> rows_of(T* data, int64_t rows, int64_t cols) {
+  return {data, cols, rows, static_cast<int>(cols),
+          (reinterpret_cast<uintptr_t>(data) | (cols * sizeof(T))) % (2 * sizeof(T)) == 0};
+}
+
+// Numbers of the columns of a thread: a bias from column `left` on, zeros beyond its end.
+template <class Tile> struct Columns {
+  typename Tile::A v[Tile::kJ][2];
+  __device__ __forceinline__ Columns(const typename Tile::T* from, int left, int cols) {
+    const int first = left + gpu::first_col<Tile>();
+#pragma unroll
+    for (int j = 0; j < Tile::kJ; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = first + 8 * j + e;
+        v[j][e] = col < cols ? widen(from[col]) : typename Tile::A(0);
+      }
+  }
+};
+
+// The gates of a thread's rows, from row `top` on; 1 without gates and beyond the batch.
+template <class Tile> struct Gates {
+  using A = typename Tile::A;
+  A v[Tile::kRows];
+  __device__ __forceinline__ Gates(const Weights& w, int64_t block, int64_t top, int64_t batch) {
+    const int64_t first = top + gpu::first_row<Tile>();
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+      const int64_t row = first + 8 * r;
+      v[r] = w.gate && row < batch
+                 ? *at<A>(w.gate, block * w.gate_block_stride + row * w.gate_row_stride)
+                 : A(1);
+    }
+  }
+};
+
+// Sums along the rows of a tile, kCount of each row.
+template <class Tile, int kCount> struct RowSums {
+  using A = typename Tile::A;
+  static constexpr int kBytes = kCount * Tile::kWarpsN * Tile::kM * int(sizeof(A));
+  A v[Tile::kRows][kCount] = {};
+  // Adds up those of the threads of each warp, and leaves them for `total`, after a barrier.
+  __device__ __forceinline__ void leave(A* shared) {  // [kCount, kWarpsN, kM]
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = gpu::first_row<Tile>();
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) {
+      gpu::sum_warp_lanes(v[r], 4);
+      if (lane % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          shared[(i * Tile::kWarpsN + warp % Tile::kWarpsN) * Tile::kM + row + 8 * r] = v[r][i];
+    }
+  }
+  __device__ __forceinline__ static A total(const A* shared, int i, int row) {
+    const A* of_warp = shared + i * Tile::kWarpsN * Tile::kM + row;
+    A sum = of_warp[0];
+    for (int w = 1; w < Tile::kWarpsN; ++w) sum += of_warp[w * Tile::kM];
+    return sum;
+  }
+};
+
+// z <- act(z + b1), of the tile's columns from `left` on.
+template <class Tile>
+__device__ __forceinline__ void activate(Products<Tile>& z, const Columns<Tile>& bias,
+                                         Activation activation) {
+  pick_activation(activation, [&](auto constant) {
+    for_spots<Tile>([&](const Spot& s) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        z.at(s, e) = value<decltype(constant)::value>(z.at(s, e) + bias.v[s.j][e]);
+    });
+  });
+}
+
+// z <- act(z + b1) and q <- q * act'(z + b1); adds q * h to `dots`, with h the new z and q the old,
+// of the first `cols` columns.
+template <class Tile>
+__device__ __forceinline__ void derive(Products<Tile>& z, Products<Tile>& q,
+                                       const Columns<Tile>& bias, Activation activation, int cols,
+                                       RowSums<Tile, 1>& dots) {
+  using A = typename Tile::A;
+  pick_activation(activation, [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
+    for_spots<Tile>([&](const Spot& s) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const A given = z.at(s, e) + bias.v[s.j][e], h = value<kActivation>(given);
+        if (s.col + e < cols) dots.v[s.of_row()][0] += q.at(s, e) * h;
+        q.at(s, e) *= derivative<kActivation>(given);
+        z.at(s, e) = h;
+      }
+    });
+  });
+}
+
+// x + p with p = gate * (f + b2) of a tile, to store(spot, pair); x is load(spot). Adds to the sums
+// x * x, p * p, x * p. Of the tile, the first `rows` rows and `cols` columns are in the batch.
+template <class Tile, class Load, class Store>
+__device__ __forceinline__ void add_branch(Products<Tile>& f, const Columns<Tile>& bias,
+                                           const Gates<Tile>& gate, int64_t rows, int cols,
+                                           RowSums<Tile, 3>& sums, const Load& load,
+                                           const Store& store) {
+  using A = typename Tile::A;
+  for_spots<Tile>([&](const Spot& s) {
+    if (s.row >= rows || s.col >= cols) return;
+    Pair<A> x = load(s);
+    A(&sum)[3] = sums.v[s.of_row()];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (s.col + e >= cols) continue;
+      const A p = gpu::product(gate.v[s.of_row()], f.at(s, e) + bias.v[s.j][e]);
+      sum[0] += x.v[e] * x.v[e], sum[1] += p * p, sum[2] += x.v[e] * p;
+      x.v[e] += p;
+    }
+    store(s, x);
+  });
+}
+
+}  // namespace fastres::mlp_stack
