@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from fastres.path_counts import PathSampler, choices, path_counts
+from fastres.paths.counts import PathSampler, choices, path_counts
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 7, 54, 300])

@@ -12,8 +12,8 @@ import torch
 from path_models import squares, switch_mlp
 from torch import Tensor, nn
 
-from fastres.path_result import PathGradients
 from fastres.paths import path_gradients
+from fastres.paths.result import PathGradients
 
 
 def measured(**options: object) -> PathGradients:

@@ -1,4 +1,4 @@
-"""path_graph: what the autograd graph of one pass tells about the blocks that it went through."""
+"""graph: what the autograd graph of one pass tells about the blocks that it went through."""
 
 from __future__ import annotations
 

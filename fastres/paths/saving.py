@@ -1,4 +1,4 @@
-"""path_saving: tensors and facts in one npz file, without pickle."""
+"""saving: tensors and facts in one npz file, without pickle."""
 
 from __future__ import annotations
 

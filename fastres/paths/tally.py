@@ -1,4 +1,4 @@
-"""path_tally: norms, inner products and the sum of rows of gradients, whatever their magnitude."""
+"""tally: norms, inner products and the sum of rows of gradients, whatever their magnitude."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""paths: the gradient of any residual network, separated exactly by the length of its paths."""
+"""gradients: the gradient of any residual network, separated exactly by the length of its paths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from fastres.path_counts import path_counts
-from fastres.path_forward import forward
-from fastres.path_graph import mixes_samples
-from fastres.path_marks import Loss
-from fastres.path_methods import METHODS, Task
-from fastres.path_result import Method, PathGradients
-
-__all__ = ["PathGradients", "path_gradients"]
+from fastres.paths.counts import path_counts
+from fastres.paths.forward import forward
+from fastres.paths.graph import mixes_samples
+from fastres.paths.marks import Loss
+from fastres.paths.methods import METHODS, Task
+from fastres.paths.result import Method, PathGradients
 
 
 def path_gradients(

@@ -1,4 +1,4 @@
-"""path_chunks: one backward pass for several rows of cotangents, each fed by the row before it.
+"""chunks: one backward pass for several rows of cotangents, each fed by the row before it.
 
 A row holds one cotangent for every tensor of the network. At an add the skip gets its row; the
 branch gets the row before, and also its own row where that row `stays`:
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fastres.path_marks import Marks
-from fastres.path_scales import fit, largest_log2, powers
+from fastres.paths.marks import Marks
+from fastres.paths.scales import fit, largest_log2, powers
 
 Roots = list[tuple[GradientEdge, Tensor]]  # where a pass begins, and with which cotangent
 

@@ -1,4 +1,4 @@
-"""path_forward: one forward pass of a model with marked branches, and its ordinary gradient."""
+"""forward: one forward pass of a model with marked branches, and its ordinary gradient."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastres.path_chunks import Chunk, Roots, backward
-from fastres.path_counts import Choice, choices
-from fastres.path_graph import cuts
-from fastres.path_marks import Loss, Marks
+from fastres.paths.chunks import Chunk, Roots, backward
+from fastres.paths.counts import Choice, choices
+from fastres.paths.graph import cuts
+from fastres.paths.marks import Loss, Marks
 from fastres.sites import Watch
 from fastres.versions import tensors_in
 

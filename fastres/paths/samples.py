@@ -1,4 +1,4 @@
-"""path_samples: what single paths carry, by random signs (all paths at once) or one by one."""
+"""samples: what single paths carry, by random signs (all paths at once) or one by one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastres.path_chunks import gradients
-from fastres.path_counts import PathSampler
-from fastres.path_forward import Forward
-from fastres.path_lengths import Walk
-from fastres.path_tally import Tally, log2_norm, wide
+from fastres.paths.chunks import gradients
+from fastres.paths.counts import PathSampler
+from fastres.paths.forward import Forward
+from fastres.paths.lengths import Walk
+from fastres.paths.tally import Tally, log2_norm, wide
 
 
 def random_signs(sites: int, draws: int, seed: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""path_methods: the four ways to look at the path lengths of one forward pass."""
+"""methods: the four ways to look at the path lengths of one forward pass."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fastres.path_blocks import WeightNorms, through_branches
-from fastres.path_checks import check_sum
-from fastres.path_forward import Forward
-from fastres.path_lengths import Walk, best_chunk
-from fastres.path_samples import path_energy, random_signs, sampled_norms
-from fastres.path_tally import Tally, log2_norm, scaled, wide
+from fastres.paths.blocks import WeightNorms, through_branches
+from fastres.paths.checks import check_sum
+from fastres.paths.forward import Forward
+from fastres.paths.lengths import Walk, best_chunk
+from fastres.paths.samples import path_energy, random_signs, sampled_norms
+from fastres.paths.tally import Tally, log2_norm, scaled, wide
 from fastres.progress import bar
 
 Measured = tuple[dict[str, Tensor], float]  # by name, and ||sum - g|| / ||g||

@@ -1,4 +1,4 @@
-"""path_result: PathGradients, the gradient of a network by the length of the paths it took."""
+"""result: PathGradients, the gradient of a network by the length of the paths it took."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from fastres import path_saving
-from fastres.path_intervals import shortest
-from fastres.path_tally import log2_norm
+from fastres.paths import saving
+from fastres.paths.intervals import shortest
+from fastres.paths.tally import log2_norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,7 +287,7 @@ class PathGradients:
             path: The file; it is there whole or not at all.
         """
         facts = {name: getattr(self, name) for name in _FACTS}
-        path_saving.write(Path(path), facts, {"gradient": self.gradient, **self.measured})
+        saving.write(Path(path), facts, {"gradient": self.gradient, **self.measured})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -297,7 +297,7 @@ class PathGradients:
             OSError: If the file cannot be read.
             ValueError: If `save` did not write it.
         """
-        facts, arrays = path_saving.read(Path(path), _FACTS)
+        facts, arrays = saving.read(Path(path), _FACTS)
         facts |= {name: tuple(facts[name]) for name in ("sites", "paths")}
         return cls(**facts, gradient=arrays.pop("gradient"), measured=arrays)
 

@@ -1,4 +1,4 @@
-"""path_intervals: the shortest interval of lengths that holds a given part of their weight."""
+"""intervals: the shortest interval of lengths that holds a given part of their weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""path_scales: powers of two that keep the cotangents of every length within the floating range.
+"""scales: powers of two that keep the cotangents of every length within the floating range.
 
 In 300 blocks the gradients of the lengths span hundreds of orders of magnitude, from length to
 length and, for one length, from block to block. Row k is therefore held as 2^e_k G_k, exactly, and

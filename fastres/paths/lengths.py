@@ -1,4 +1,4 @@
-"""path_lengths: the gradients of all path lengths, row by row in chunks of backward passes.
+"""lengths: the gradients of all path lengths, row by row in chunks of backward passes.
 
 With the activations fixed, block l sends a cotangent back by S_l^T on its skip and by J_l^T on its
 branch. Over all blocks from the last to the first (Veit et al. 2016, arXiv 1605.06431, unravelled)
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fastres.path_chunks import Chunk, Held, Roots, backward
-from fastres.path_forward import Forward
-from fastres.path_graph import size_of
+from fastres.paths.chunks import Chunk, Held, Roots, backward
+from fastres.paths.forward import Forward
+from fastres.paths.graph import size_of
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""path_counts: how many paths of each length there are, exactly, and one of them at random."""
+"""counts: how many paths of each length there are, exactly, and one of them at random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""path_marks: the policy that marks the branches of a model, to change cotangents there.
+"""marks: the policy that marks the branches of a model, to change cotangents there.
 
 A mark is the identity in the forward pass. In the backward pass it hands the cotangent that arrives
 at its add to a rule, and sends on what the rule returns.
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastres.adds import Add
-from fastres.path_graph import fork
+from fastres.paths.graph import fork
 from fastres.sites import Site
 
 Loss = Callable[[Any], Tensor]

@@ -1,4 +1,4 @@
-"""path_checks: whether the lengths add up to the gradient, and if not, what is the cause."""
+"""checks: whether the lengths add up to the gradient, and if not, what is the cause."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fastres.path_chunks import Chunk, backward
-from fastres.path_forward import Forward
-from fastres.path_graph import custom_functions
+from fastres.paths.chunks import Chunk, backward
+from fastres.paths.forward import Forward
+from fastres.paths.graph import custom_functions
 
 # ||sum - g|| / ||g|| above which something is wrong; half precision: of the order of its rounding
 _LIMITS: Final = {torch.float64: 1e-10, torch.float32: 1e-4}

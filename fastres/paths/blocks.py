@@ -1,15 +1,15 @@
-"""path_blocks: what goes through the branch of each block, and what arrives at its weights."""
+"""blocks: what goes through the branch of each block, and what arrives at its weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastres.path_chunks import Chunk, backward
-from fastres.path_forward import Forward
-from fastres.path_graph import branch_weights
-from fastres.path_lengths import Rows
-from fastres.path_tally import log2_norm, wide
+from fastres.paths.chunks import Chunk, backward
+from fastres.paths.forward import Forward
+from fastres.paths.graph import branch_weights
+from fastres.paths.lengths import Rows
+from fastres.paths.tally import log2_norm, wide
 
 
 def through_branches(forward: Forward) -> dict[str, Tensor]:
