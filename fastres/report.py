@@ -1,56 +1,45 @@
-"""report: what a study leaves behind, tables, JSON and plots, each file whole or not there."""
+"""report: what a study leaves behind, tables and JSON, each file whole or not there."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 import fastres
-from fastres.analysis.depth import PowerLaw
+from fastres.files import write
 from fastres.ops import native
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, whenever the program stops.
-
-    Args:
-        path: The file; its folder must be there.
-        content: Text, stored as UTF-8, or bytes.
-
-    Raises:
-        OSError: If the folder cannot be written to; a file that was there stays as it was.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(scratch, 0o644)  # mkstemp makes it 0600
-        os.replace(scratch, path)
-    except BaseException:  # also Ctrl-C
-        os.unlink(scratch)
-        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def finished(path: Path, arguments: Mapping[str, Any]) -> list[Any]:
+    """Read back the rows of an earlier run with the same arguments.
+
+    Args:
+        path: Its report.json.
+        arguments: All that decides the result.
+
+    Returns:
+        The rows as they were written; none where there is no such run.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return list(content["rows"]) if content["arguments"] == arguments else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: not JSON
+        return []
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -111,109 +100,3 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def plot_profiles(path: Path, profiles: Mapping[int, tuple[ArrayLike, ArrayLike]]) -> None:
-    """Plot the perturbation of every block against its place l / L, one curve per depth.
-
-    Args:
-        path: The PNG file.
-        profiles: blocks -> (scaled, absolute), each [blocks].
-
-    Raises:
-        ModuleNotFoundError: Without matplotlib.
-    """
-    figure = _figure(9.6, 4.0)
-    panels = figure.subplots(1, 2)
-    for axes, kind, name in zip(panels, (0, 1), ("scaled", "absolute"), strict=True):
-        for blocks, colour in zip(sorted(profiles), _colours(len(profiles)), strict=True):
-            place = np.arange(blocks) / blocks
-            mark = "o" if blocks == 1 else None  # a line of one point would not be seen
-            thickness = 1.6 if blocks < 100 else 0.9  # hundreds of points would run together
-            axes.plot(place, profiles[blocks][kind], marker=mark, color=colour, lw=thickness)
-        formula = r"$\|f\|\,/\,\|x\|$" if name == "scaled" else r"$\|f\|$"
-        _decorate(axes, "place of the block, $l\\,/\\,L$", f"{name} perturbation  {formula}")
-        _log_ticks(axes)
-        axes.set_xlim(0, 1)
-    lines, names = panels[1].get_lines(), [str(blocks) for blocks in sorted(profiles)]
-    figure.legend(lines, names, title="blocks $L$", frameon=False, loc="outside right center")
-    _save(figure, path)
-
-
-def plot_power_law(
-    path: Path, blocks: ArrayLike, scaled: ArrayLike, start: ArrayLike, law: PowerLaw
-) -> None:
-    """Plot the mean scaled perturbation against the number of blocks, with its fit and 1 / L.
-
-    Args:
-        path: The PNG file.
-        blocks: Numbers of blocks, [n].
-        scaled: Mean scaled perturbation at each, [n].
-        start: The same before training, [n].
-        law: The fit to `scaled`.
-
-    Raises:
-        ModuleNotFoundError: Without matplotlib.
-    """
-    depth, value = np.asarray(blocks, float), np.asarray(scaled, float)
-    figure = _figure(5.6, 4.2)
-    axes = figure.subplots()
-    reach = np.geomspace(depth.min() / 1.15, depth.max() * 1.15, 50)
-    first = depth.argmin()
-    guide = value[first] * depth[first] / reach
-    axes.plot(
-        reach, guide, color="0.6", ls=(0, (4, 3)), lw=1.2, label=r"$\propto 1/L$  (Hauser 2019)"
-    )
-    fit = rf"$\propto L^{{{law.exponent:.2f}}}$  (fit)"
-    axes.plot(reach, law.at(reach), color=_colours(3)[1], label=fit)
-    axes.plot(depth, start, "o", mfc="none", mec="0.45", ms=9, label="before training")
-    axes.plot(depth, value, "o", color=_colours(3)[0], ms=6, label="trained", zorder=3)
-    axes.set_xscale("log")
-    _log_ticks(axes)
-    axes.set_xticks(depth, [f"{n:g}" for n in depth])
-    axes.minorticks_off()
-    _decorate(axes, "residual blocks $L$", r"mean scaled perturbation  $\|f\|\,/\,\|x\|$")
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; no pyplot, so no window and no state outside of it."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "report: plots need matplotlib: pip install 'fastres[demo]'"
-        ) from None
-    return Figure((width, height), layout="constrained")
-
-
-def _colours(count: int) -> list[tuple[float, ...]]:
-    """Dark to light, told apart with any colour vision and in print: viridis without its yellow."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](v) for v in np.linspace(0, 0.85, count)]
-
-
-def _decorate(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="0.92", lw=0.8)
-    axes.set_axisbelow(True)
-
-
-def _log_ticks(axes: Axes) -> None:
-    """A logarithmic y axis marked 1, 2, 5, 10 in plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.minorticks_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write(path, image.getvalue())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fastres.data import Data
+from fastres.progress import bar
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,6 @@ class Recipe:
                 raise ValueError(f"train: {name} must be >= {least}, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"train: rates must be positive and finite, got {self}")
-
-
-class Bar(Protocol):
-    """What train needs of a progress bar."""
-
-    def update(self, n: int) -> object:
-        """Advance by n steps."""
 
 
 class Stepper:
@@ -112,13 +104,13 @@ def train(
     step = Stepper(model, recipe, recipe.epochs * batches)
     order = torch.Generator().manual_seed(seed)
     losses, start = [], time.perf_counter()
-    with _bar(progress, recipe.epochs * batches) as bar:
+    with bar(progress, recipe.epochs * batches) as shown:
         for epoch in range(recipe.epochs):
             total = torch.zeros((), device=x.device)
             shuffled = torch.randperm(count, generator=order).to(x.device)  # drawn on the CPU
             for chosen in shuffled.split(recipe.batch_size):  # type: ignore[no-untyped-call]
                 total += step(x[chosen], y[chosen]) * len(chosen)
-                bar.update(1)
+                shown.update(1)
             losses.append(total.item() / count)
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
@@ -163,25 +155,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _NoBar:
-    def update(self, n: int) -> object:
-        return None
-
-
-@contextmanager
-def _bar(label: str | None, steps: int) -> Iterator[Bar]:
-    """A progress bar on stderr, or nothing without a label or without tqdm."""
-    if label is None:
-        yield _NoBar()
-        return
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        yield _NoBar()
-        return
-    # a log file gets a line now and then, a terminal a bar that moves
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, desc=label, unit="step", mininterval=interval) as bar:
-        yield bar

@@ -164,7 +164,7 @@ def test_without_matplotlib_all_but_the_plots_is_there(quick, monkeypatch):
     said: list[str] = []
     run(quick, said.append)
     assert {path.name for path in quick.out.iterdir()} == {"report.json", "table.csv"}
-    assert any("plots need matplotlib" in line for line in said)
+    assert any("figures need matplotlib" in line for line in said)
 
 
 @pytest.mark.parametrize(

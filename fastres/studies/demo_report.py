@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastres import report
 from fastres.analysis.depth import PowerLaw, power_law
+from fastres.studies import demo_plots
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,9 @@ def finished(path: Path, arguments: Mapping[str, Any]) -> dict[int, Row]:
         The rows by depth; empty where there is no such run.
     """
     try:
-        content = json.loads(path.read_text())
-        if content["arguments"] != arguments:
-            return {}
-        return {row.blocks: row for row in map(Row.parse, content["rows"])}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: not JSON
+        rows = map(Row.parse, report.finished(path, arguments))
+        return {row.blocks: row for row in rows}
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
@@ -122,8 +120,8 @@ def draw(out: Path, rows: Sequence[Row]) -> None:
         ModuleNotFoundError: Without matplotlib.
     """
     profiles = {row.blocks: (row.profile_scaled, row.profile_absolute) for row in rows}
-    report.plot_profiles(out / "perturbation.png", profiles)
+    demo_plots.plot_profiles(out / "perturbation.png", profiles)
     if laws := laws_of(rows):
         blocks, scaled = [row.blocks for row in rows], [row.scaled for row in rows]
         start = [row.scaled_start for row in rows]
-        report.plot_power_law(out / "power_law.png", blocks, scaled, start, laws["scaled"])
+        demo_plots.plot_power_law(out / "power_law.png", blocks, scaled, start, laws["scaled"])
