@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastres.formats import Bytes, DataError, read_cifar_binary, read_cifar_pickle, read_idx
 
-__all__ = ["NAMES", "Data", "DataError", "load"]
+__all__ = ["NAMES", "Data", "DataError", "find_folder", "load", "read"]
 
 Split = tuple[Bytes, Bytes]  # images [N, C, H, W], labels [N]
 
@@ -62,13 +62,7 @@ def load(name: str, root: str | Path | None = None) -> Data:
         DataError: If a file breaks its format.
         ModuleNotFoundError: If digits are asked for without scikit-learn.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"data: name must be a str, got {type(name).__name__}")
-    if not (root is None or isinstance(root, str | Path)):
-        raise TypeError(f"data: root must be a str, a Path or None, got {type(root).__name__}")
-    if name not in _READERS:
-        raise ValueError(f"data: name must be one of {', '.join(NAMES)}, got {name!r}")
-    train, test = _READERS[name](root)
+    train, test = read(name, root)
     mean, scale = _moments(train[0])
     return Data(
         name,
@@ -78,6 +72,39 @@ def load(name: str, root: str | Path | None = None) -> Data:
         _standardised(test[0], mean, scale),
         torch.from_numpy(test[1].astype(np.int64)),
     )
+
+
+def read(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
+    """Read a data set as its files have it: arguments and errors as in `load`.
+
+    Returns:
+        The training and the test half, each images [N, C, H, W] and labels [N], uint8.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"data: name must be a str, got {type(name).__name__}")
+    if not (root is None or isinstance(root, str | Path)):
+        raise TypeError(f"data: root must be a str, a Path or None, got {type(root).__name__}")
+    if name not in _READERS:
+        raise ValueError(f"data: name must be one of {', '.join(NAMES)}, got {name!r}")
+    return _READERS[name](root)
+
+
+def find_folder(name: str, root: str | Path | None = None) -> Path:
+    """Find the folder of the files: root, or else the variable FASTRES_DATA.
+
+    Raises:
+        ValueError: If there is neither, with the name of the data set that needs it.
+        FileNotFoundError: If it is no folder.
+    """
+    chosen = root if root is not None else os.environ.get("FASTRES_DATA")
+    if not chosen:
+        raise ValueError(
+            f"data: {name} needs its folder in --data-root or the variable FASTRES_DATA, got none"
+        )
+    path = Path(chosen)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data: --data-root must be a folder, got {path}")
+    return path
 
 
 def _moments(images: Bytes) -> tuple[Tensor, Tensor]:
@@ -114,7 +141,7 @@ def _digits(_root: str | Path | None) -> tuple[Split, Split]:
 
 
 def _mnist(root: str | Path | None) -> tuple[Split, Split]:
-    folder = _folder("mnist", root) / "MNIST" / "raw"
+    folder = find_folder("mnist", root) / "MNIST" / "raw"
     return _mnist_split(folder, "train"), _mnist_split(folder, "t10k")
 
 
@@ -140,7 +167,7 @@ def _plain_or_gzip(path: Path) -> Path:
 
 def _cifar10(root: str | Path | None) -> tuple[Split, Split]:
     """Whatever training batches are there, one at least, and the test batch."""
-    base = _folder("cifar10", root)
+    base = find_folder("cifar10", root)
     folders = (base / "cifar-10-batches-bin", base / "cifar-10-batches-py")
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
@@ -169,18 +196,6 @@ def _checked_labels(labels: Bytes, path: Path) -> Bytes:
     if labels.max() > 9:
         raise DataError(path, "labels must be 0 to 9", labels.max())
     return labels
-
-
-def _folder(name: str, root: str | Path | None) -> Path:
-    chosen = root if root is not None else os.environ.get("FASTRES_DATA")
-    if not chosen:
-        raise ValueError(
-            f"data: {name} needs its folder in --data-root or the variable FASTRES_DATA, got none"
-        )
-    path = Path(chosen)
-    if not path.is_dir():
-        raise FileNotFoundError(f"data: --data-root must be a folder, got {path}")
-    return path
 
 
 _READERS: Final = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
