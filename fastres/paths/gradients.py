@@ -12,8 +12,9 @@ from fastres.paths.counts import path_counts
 from fastres.paths.forward import forward
 from fastres.paths.graph import mixes_samples
 from fastres.paths.marks import Loss
+from fastres.paths.measures import Method
 from fastres.paths.methods import METHODS, Task
-from fastres.paths.result import Method, PathGradients
+from fastres.paths.result import PathGradients
 
 
 def path_gradients(
