@@ -1,4 +1,4 @@
-"""cli: the command `fastres`: demo, inspect, info."""
+"""cli: the command `fastres`: demo, inspect, study, info."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="train residual MLPs of 6 to 300 blocks, measure"))
     _add_inspect(commands.add_parser("inspect", help="list the residual adds of a model"))
+    _add_study(commands.add_parser("study", help="an experiment of a paper, from data to table"))
     info = commands.add_parser("info", help="what is loaded, what is not, and why")
     info.set_defaults(run=_info)
     return parser
@@ -94,10 +95,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         fresh=arguments.fresh,
     )
-    if demo.run(options).interrupted:
-        print("fastres: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return _ended(demo.run(options).interrupted)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +127,54 @@ def _inspect(arguments: argparse.Namespace) -> int:
     identity = sum(site.kind == "identity" for site in sites)
     print(f"{len(sites)} sites: {identity} identity, {len(sites) - identity} projection")
     return 0
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run an experiment of a paper and write its table, JSON and figure."
+    names = parser.add_subparsers(title="studies", required=True, metavar="NAME")
+    _add_paths(
+        names.add_parser("paths", help="the gradient of a ResNet by path length (Veit 2016)")
+    )
+
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Separate the gradient of a pretrained ResNet for CIFAR-10, and of the same untrained, by "
+        "path length: exactly, and by the paper's sampling. Batches that an earlier run with the "
+        "same arguments has finished are kept."
+    )
+    option = parser.add_argument
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--depth", type=int, default=56, help="layers of the network, 20 or 56 (56)")
+    option("--batches", type=int, default=8, help="how many, of test images (8)")
+    option("--batch-size", type=int, default=8, metavar="B", help="images in each (8)")
+    option("--draws", type=int, default=4, help="random paths of each length, per batch (4)")
+    option("--seed", type=int, default=0, help="of untrained weights and paths (0)")
+    option("--out", type=Path, default=Path("fastres-paths"), help="folder (fastres-paths)")
+    option("--fresh", action="store_true", help="measure finished batches again")
+    parser.set_defaults(run=_paths)
+
+
+def _paths(arguments: argparse.Namespace) -> int:
+    from fastres.studies import paths
+
+    options = paths.Options(
+        data_root=arguments.data_root,
+        depth=arguments.depth,
+        batches=arguments.batches,
+        batch_size=arguments.batch_size,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        out=arguments.out,
+        fresh=arguments.fresh,
+    )
+    return _ended(paths.run(options).interrupted)
+
+
+def _ended(interrupted: bool) -> int:
+    if interrupted:
+        print("fastres: stopped; the same command goes on from here", file=sys.stderr)
+    return 130 if interrupted else 0
 
 
 def _build(name: str) -> nn.Module:
