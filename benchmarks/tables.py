@@ -1,9 +1,10 @@
 """tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
-every case, else only those that the benchmark calls headline; `<!-- table: demo -->` has what the
-demo printed, from docs/demo/report.json. Run `python -m benchmarks.tables`
-to rewrite them, with `--check` to fail where one is not up to date.
+every case, else only those that the benchmark calls headline. `<!-- table: demo -->` and
+`<!-- table: paths -->` have what demo and study printed, from docs/demo/report.json and
+docs/paths/report.json. Run `python -m benchmarks.tables` to rewrite them, with `--check` to fail
+where one is not up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import demo_report
+from fastres.studies import demo_report, paths_report
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -118,10 +119,25 @@ def demo() -> str:
     )
 
 
+def paths() -> str:
+    """Return what the study of paths printed when docs/paths was made, and of what."""
+    content = json.loads((ROOT / "docs/paths/report.json").read_text())
+    arguments, parts = content["arguments"], map(paths_report.Part.parse, content["rows"])
+    return (
+        f"```\n{paths_report.text(list(parts))}\n```\n\n"
+        f"{arguments['network']}, images {arguments['images']}; "
+        f"{arguments['batches']} batches of {arguments['batch_size']}, {arguments['draws']} draws "
+        f"each; torch {content['environment']['torch']}, {content['environment']['date'][:10]}.\n"
+    )
+
+
+STUDIES = {"demo": demo, "paths": paths}
+
+
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
     """Return what stands between the markers for one name, all devices one after another."""
-    if name == "demo":
-        return demo()
+    if name in STUDIES:
+        return STUDIES[name]()
     parts = []
     for kind, where in KINDS.items():
         found = [r for r in reports if r["name"] == name and r["device"]["kind"] == kind]
