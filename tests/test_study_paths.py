@@ -278,3 +278,30 @@ def test_what_is_committed_is_one_run_of_the_default_command():
     names = [field.name for field in fields(Row)]
     expected = [{name: str(getattr(row, name)) for name in names} for row in rows]
     assert table_of(COMMITTED) == expected
+
+
+def test_the_page_says_what_the_run_measured():
+    content = json.loads((COMMITTED / "report.json").read_text())
+    rows = {(row["network"], int(row["length"])): row for row in table_of(COMMITTED)}
+    trained, untrained = (content["summary"][name] for name in ("trained", "untrained"))
+    page = " ".join((COMMITTED.parent / "path-gradients.md").read_text().split())
+    first, last = trained["interval_share"]
+    errors = {
+        float(rows["untrained", k]["energy_error"]) / float(rows["untrained", k]["energy"]) / 2
+        for k in range(3, 13)  # where 95 % of the shares are
+    }
+    for claim in (
+        f"{trained['factor_typical']:.0f} times the norm of G_k at k = {trained['typical']}",
+        f"{float(rows['trained', 12]['factor']):.0f} times at k = 12",
+        f"{untrained['factor_typical']:.0f} times the norm at k = {untrained['typical']}",
+        f"within the standard error of {max(errors):.0%}".replace("%", " %"),
+        f"is {trained['coherence_typical']:.1f} times that root",
+        f"it would be {float(rows['trained', 6]['paths']) ** 0.5:.0f} times",
+        f"{trained['least_share']:.0e} after training and {untrained['least_share']:.0e} before",
+        f"95 % of the shares are those of {first} to {last} of 27 blocks",
+    ):
+        assert claim in page
+    assert untrained["coherence_typical"] == pytest.approx(1, abs=max(errors))
+    for network, ahead in (("trained", trained), ("untrained", untrained)):  # "two blocks longer"
+        product = [float(rows[network, k]["count_times_mean"]) for k in range(28)]
+        assert product.index(max(product)) == ahead["typical"] + 2

@@ -28,8 +28,9 @@ def figure(rows: Sequence[Row], summaries: Mapping[str, Summary]) -> Figure:
         _norms(line[0], own)
         _shares(line[1], own, summaries[network])
         line[0].set_title(network, loc="left")
-    for axes, side in zip(panels[0], ("left", "right"), strict=True):
-        drawn.legend(*axes.get_legend_handles_labels(), frameon=False, loc=f"outside lower {side}")
+    left, right = (axes.get_legend_handles_labels() for axes in panels[0])
+    drawn.legend(*left, frameon=False, loc="outside lower left")
+    drawn.legend(*right, frameon=False, loc="outside lower right")
     panels[0, 0].set_ylim(bottom=1e-6)  # what is below weighs nothing; once all is drawn
     for axes in panels[:-1].flat:
         axes.set_xlabel("")
