@@ -29,3 +29,12 @@ def test_the_second_example_runs():
     exec("import fastres", names)
     exec(BLOCKS[2][1], names)
     assert names["y"].tolist() == [[1.5] * 3] * 2
+
+
+def test_the_example_of_path_lengths_gives_what_it_says():
+    (code,) = [code for _, code in BLOCKS if "path_gradients" in code]
+    names = {}
+    exec(BLOCKS[0][1], names)
+    exec(code, names)
+    assert names["paths"].shares.shape == (5,)
+    assert names["paths"].shares.sum().item() == pytest.approx(1, abs=1e-5)
