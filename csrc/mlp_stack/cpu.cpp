@@ -7,13 +7,13 @@ namespace fastres::mlp_stack::FASTRES_ISA {
 namespace {
 
 // Runs a Pass (Forward, Chain) with as many tiles side by side as the batch fills.
-template <template <class, int> class Pass, class Args>
-void run(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
+template <template <class, int> class Pass, class Args, class How>
+void run(const Args& a, int64_t row, int64_t rows, void* buffer, const How& how) {
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int kTiles = kWide<typename Stored<T>::A>;
-    if (kTiles == 2 && a.shape.batch > kLanes) Pass<T, kTiles>(a, row, rows, buffer).run(member);
-    else Pass<T, 1>(a, row, rows, buffer).run(member);
+    if (kTiles == 2 && a.shape.batch > kLanes) Pass<T, kTiles>(a, row, rows, buffer).run(how);
+    else Pass<T, 1>(a, row, rows, buffer).run(how);
   });
 }
 
@@ -34,7 +34,11 @@ void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
 }
 
 void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
-  run<Chain>(a, row, rows, buffer, nullptr);
+  run<Chain>(a, row, rows, buffer, static_cast<Member*>(nullptr));
+}
+void chain_in_turn(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer,
+                   const Turn& turn) {
+  run<Chain>(a, row, rows, buffer, turn);
 }
 void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);

@@ -44,12 +44,6 @@ inline int members_for(const Shape& s, int64_t threads) {
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
-// From one feature of all samples to the next: the batch in whole groups, and 16 more, so that the
-// features of a group do not all fall on the same few sets of a cache where the batch is 1024.
-inline int64_t feature_stride(int64_t batch) {
-  return round_up(batch, batch > 16 ? kLargestGroup : 16) + 16;
-}
-
 // Bytes of the accumulate type that a tile of `rows` samples needs: stream, branch, sums.
 inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t chunks = ceil_div(s.width, kChunk);
@@ -67,18 +61,43 @@ inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
 FASTRES_CPU_KERNEL(forward, const Args&, int64_t row, int64_t rows, void* buffer)
 FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int wanted)
 
-// On the CPU the scratch of a backward pass is what the chain leaves for the weight gradients, of
-// each block: gate * g [D, feature_stride], dz [H, feature_stride] and h [batch, H].
-inline int64_t left_size(const Shape& s) {
-  return feature_stride(s.batch) * (s.width + s.hidden) + round_up(s.batch * s.hidden, 16);
-}
-inline int64_t scratch_bytes(const Args&) { return 0; }
-inline int64_t scratch_bytes(const BackwardArgs& a) {
-  return (a.last - a.first) * left_size(a.shape) * (a.shape.dtype == Dtype::kFloat64 ? 8 : 4);
+// What the chain leaves of a slab of samples for the weight gradients of a block: gate * g [D,
+// slab_of], dz and h [H, slab_of]. 64 samples: 32 columns of them and 8 rows of cotangents stay in
+// the nearest cache.
+constexpr int64_t kSlab = 64;
+inline int64_t slab_of(int64_t batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : kSlab; }
+inline int64_t left_size(const Shape& s) { return slab_of(s.batch) * (s.width + 2 * s.hidden); }
+inline int64_t left_bytes(const Shape& s) {
+  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 
-// Likewise downwards; buffer: chain_tile_bytes.
+// Whether the chain adds a slab to the weight gradients as soon as it has made it, so that all of
+// it is still in the caches of the core that made it. Tile after tile adds to those of a block, in
+// the order of the samples: a tile is a block behind the one before it, for which a stack must be
+// deep. Else it leaves all slabs in scratch, and `weights` adds them up.
+inline bool in_turns(const BackwardArgs& a) {
+  const bool whole = a.first == 0 && a.last == a.shape.blocks && a.shape.blocks >= 32;
+  const bool wide = a.shape.dtype == Dtype::kFloat64 || a.shape.dtype == Dtype::kFloat32;
+  return whole && wide && !a.shape.shared && a.shape.batch >= 2 * kSlab;
+}
+
+inline int64_t scratch_bytes(const Args&) { return 0; }
+inline int64_t scratch_bytes(const BackwardArgs& a) {
+  const int64_t slabs = (a.last - a.first) * ceil_div(a.shape.batch, slab_of(a.shape.batch));
+  return in_turns(a) ? 0 : slabs * left_bytes(a.shape);
+}
+
+// The blocks whose weight gradients a tile has added to, and the same of the tile before it, if
+// there is one.
+struct Turn {
+  const std::atomic<int64_t>* before;
+  std::atomic<int64_t>* done;
+};
+
+// Likewise downwards; buffer: chain_tile_bytes, and in turns left_bytes more.
 FASTRES_CPU_KERNEL(chain, const BackwardArgs&, int64_t row, int64_t rows, void* buffer)
+FASTRES_CPU_KERNEL(chain_in_turn, const BackwardArgs&, int64_t row, int64_t rows, void* buffer,
+                   const Turn& turn)
 FASTRES_CPU_KERNEL(chain_together, const BackwardArgs&, void* buffer, Team& team, int wanted)
 
 // Weight gradients: tasks [begin, end) of weight_tasks.

@@ -1,39 +1,23 @@
-// cpu_backward: the cotangents of a tile of samples through the blocks, downwards; then the weight
-// gradients of all these blocks, from what the tiles left in scratch.
+// cpu_backward: the cotangents of a tile of samples through the blocks, downwards.
 #pragma once
 #include "activation.h"
-#include "cpu_tile.h"
+#include "cpu_weights.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// What the chain leaves for the weight gradients, of each block: gated = gate * g [D, stride],
-// delta = dz [H, stride], hidden = h [batch, H].
-template <class A> struct Left {
-  const Shape& s;
-  const int64_t stride;
-  A* const at;
-  Left(const Shape& s, void* scratch)
-      : s(s), stride(feature_stride(s.batch)), at(static_cast<A*>(scratch)) {}
-  A* gated(int64_t block) const { return at + block * left_size(s); }
-  A* delta(int64_t block) const { return gated(block) + stride * s.width; }
-  A* hidden(int64_t block) const { return delta(block) + stride * s.hidden; }
-};
-
-// From z and q, [rows, kGroup] both: h <- act(z) over z, dz <- gate * q * act'(z) to delta [rows,
-// stride]; the sums of q * h over the rows, [kGroup].
+// From z and q, [rows, stride] both: h <- act(z) over z, dz <- gate * q * act'(z) over q; the sums
+// of q * h over the rows, [kGroup].
 template <Activation kActivation, int kTiles, class A>
-void derive(A* z, const A* q, int64_t rows, const GateTiles<A, kTiles>& gate, A* delta,
-            int64_t stride, A* sums) {
+void derive(A* z, A* q, int64_t rows, int64_t stride, const GateTiles<A, kTiles>& gate, A* sums) {
   Tile<A> dot[kTiles]{};
   for (int64_t r = 0; r < rows; ++r)
     for (int t = 0; t < kTiles; ++t) {
-      A* place = z + (r * kTiles + t) * kLanes;
-      const Tile<A> given = Stored<A>::load(place), h = value<kActivation>(given),
-                    cotangent = Stored<A>::load(q + (r * kTiles + t) * kLanes);
+      const int64_t at = r * stride + t * kLanes;
+      const Tile<A> given = Stored<A>::load(z + at), h = value<kActivation>(given),
+                    cotangent = Stored<A>::load(q + at);
       dot[t] += cotangent * h;
-      Stored<A>::store(place, h);
-      Stored<A>::store(delta + r * stride + t * kLanes,
-                       gate.v[t] * (cotangent * derivative<kActivation>(given)));
+      Stored<A>::store(z + at, h);
+      Stored<A>::store(q + at, gate.v[t] * (cotangent * derivative<kActivation>(given)));
     }
   for (int t = 0; t < kTiles; ++t) Stored<A>::store(sums + t * kLanes, dot[t]);
 }
@@ -42,6 +26,7 @@ void derive(A* z, const A* q, int64_t rows, const GateTiles<A, kTiles>& gate, A*
 template <class T, int kTiles> class Chain {
   using A = typename Stored<T>::A;
   static constexpr int64_t kGroup = kTiles * kLanes;
+  static constexpr const A* kNoBias = nullptr;
 
  public:
   Chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer)
@@ -51,10 +36,11 @@ template <class T, int kTiles> class Chain {
             [](auto activation) { return &derive<decltype(activation)::value, kTiles, A>; })),
         s_(a.shape),
         place_(row, rows),
-        left_(a.shape, a.scratch),
         x_(static_cast<A*>(buffer)),
         g_(x_ + place_.lanes() * s_.width),
         sums_(g_ + place_.lanes() * s_.width),
+        left_(a.shape, in_turns(a) ? sums_ + place_.lanes() * sums_chunks() : a.scratch,
+              !in_turns(a)),
         w1_(s_.width > s_.hidden ? s_.width : s_.hidden, s_.width * s_.hidden, -1),
         w2_(s_.width, s_.width * s_.hidden, -1) {}
 
@@ -64,13 +50,31 @@ template <class T, int kTiles> class Chain {
         [&](int64_t number, int64_t chunk) {
           if (chunk == 0 && number > 0)
             add_gate_gradient(number - 1, hidden_chunks(), sums_chunks());
-          hidden(number, Chunk(chunk, s_.hidden));
+          hidden(number, Chunk(chunk, s_.hidden), 0, place_.count);
         },
         [&](int64_t number, int64_t chunk) {
           if (chunk == 0) add_gate_gradient(number, 0, hidden_chunks());
-          stream(number, Chunk(chunk, s_.width));
+          stream(number, Chunk(chunk, s_.width), 0, place_.count);
         },
         [&] { finish(); });
+  }
+
+  // Slab after slab, and with the weight gradients.
+  void run(const Turn& turn) {
+    load();
+    for (int64_t number = 0; number < a_.last - a_.first; ++number) {
+      if (number > 0) add_gate_gradient(number - 1, hidden_chunks(), sums_chunks());
+      for (int64_t from = 0; from < place_.count; from += kSlab / kGroup) {
+        const int64_t to = least(from + kSlab / kGroup, place_.count);
+        for (int64_t c = 0; c < hidden_chunks(); ++c) hidden(number, Chunk(c, s_.hidden), from, to);
+        for (int64_t c = 0; c < ceil_div(s_.width, kChunk); ++c)
+          stream(number, Chunk(c, s_.width), from, to);
+        if (a_.gw1) weights(number, from, turn);
+      }
+      turn.done->store(number + 1, std::memory_order_release);
+      add_gate_gradient(number, 0, hidden_chunks());
+    }
+    finish();
   }
 
  private:
@@ -94,6 +98,15 @@ template <class T, int kTiles> class Chain {
                  size, x(group) + from * kGroup, kGroup, kGroup);
   }
 
+  // Fetches a chunk's share of a group's state into the second cache: memory takes as long as a
+  // chunk of a product.
+  void fetch_state(int64_t number, int64_t group, int64_t chunk) const {
+    const int64_t size = place_.size(group) * s_.width, chunks = hidden_chunks();
+    const T* from = in<T>(a_.states, at(local(number), group, 0));
+    for (int64_t i = size * chunk / chunks; i < size * (chunk + 1) / chunks; i += 64 / sizeof(T))
+      __builtin_prefetch(from + i, 0, 2);
+  }
+
   void load() {
     for (int64_t i = 0; i < place_.count; ++i) {
       load_samples(in<A>(a_.g, at(0, i, 0)), s_.width, place_.size(i), s_.width, g(i), kGroup,
@@ -104,39 +117,36 @@ template <class T, int kTiles> class Chain {
 
   // h <- act(z), dz <- gate * q * act'(z) with z = W1 x + b1, q = W2^T g; and the chunk's share of
   // <q, h>.
-  void hidden(int64_t number, const Chunk& chunk) {
+  void hidden(int64_t number, const Chunk& chunk, int64_t from, int64_t to) {
     const int64_t row_at = set(number) * s_.hidden + chunk.first;
     const Rows<A> w1 = w1_.rows(in<T>(a_.weights.w1, row_at * s_.width), chunk.size, s_.width);
     const Columns<A> w2 =
         w2_.columns(in<T>(a_.weights.w2, set(number) * s_.width * s_.hidden + chunk.first),
                     s_.hidden, s_.width, chunk.size);
     const A* b1 = w1_.bias(in<T>(a_.weights.b1, row_at), chunk.size);
-    alignas(64) A h[kChunk * kGroup], q[kChunk * kGroup];
-    for (int64_t i = 0; i < place_.count; ++i) {
+    for (int64_t i = from; i < to; ++i) {
       const GateTiles<A, kTiles> gate(a_.weights, block(number), place_.first(i), place_.size(i));
-      A* delta = left_.delta(local(number)) + chunk.first * left_.stride + place_.first(i);
-      product<kTiles>(chunk.size, w1, b1, x(i), kGroup, s_.width, h, kGroup);
-      product<kTiles, Columns<A>, A>(chunk.size, w2, nullptr, g(i), kGroup, s_.width, q, kGroup);
-      derive_(h, q, chunk.size, gate, delta, left_.stride, sums(i, chunk.number));
-      if (a_.gw1)
-        store_samples(h, kGroup, place_.size(i), chunk.size,
-                      left_.hidden(local(number)) + place_.first(i) * s_.hidden + chunk.first,
-                      s_.hidden);
+      const int64_t at = chunk.first * left_.stride;
+      A *h = left_.hidden(local(number), place_.first(i)) + at,
+        *delta = left_.delta(local(number), place_.first(i)) + at;
+      product<kTiles>(chunk.size, w1, b1, x(i), kGroup, s_.width, h, left_.stride);
+      product<kTiles>(chunk.size, w2, kNoBias, g(i), kGroup, s_.width, delta, left_.stride);
+      derive_(h, delta, chunk.size, left_.stride, gate, sums(i, chunk.number));
+      if (number + 1 < a_.last - a_.first) fetch_state(number + 1, i, chunk.number);
     }
   }
 
   // g <- g + W1^T dz; the chunk's share of <g, b2>; and x of the block below.
-  void stream(int64_t number, const Chunk& chunk) {
+  void stream(int64_t number, const Chunk& chunk, int64_t from, int64_t to) {
     const Columns<A> w1 =
         w1_.columns(in<T>(a_.weights.w1, set(number) * s_.hidden * s_.width + chunk.first),
                     s_.width, s_.hidden, chunk.size);
     const A* b2 = w2_.bias(in<T>(a_.weights.b2, set(number) * s_.width + chunk.first), chunk.size);
     alignas(64) A sum[kChunk * kGroup];
-    for (int64_t i = 0; i < place_.count; ++i) {
+    for (int64_t i = from; i < to; ++i) {
       keep_gated(number, chunk, i, b2);
-      const A* delta = left_.delta(local(number)) + place_.first(i);
-      product<kTiles, Columns<A>, A>(chunk.size, w1, nullptr, delta, left_.stride, s_.hidden, sum,
-                                     kGroup);
+      const A* delta = left_.delta(local(number), place_.first(i));
+      product<kTiles>(chunk.size, w1, kNoBias, delta, left_.stride, s_.hidden, sum, kGroup);
       add_tiles(sum, chunk.size * kGroup, g(i) + chunk.first * kGroup);
       if (a_.gstates) add_state_cotangents(number, chunk, i);
       if (number + 1 < a_.last - a_.first) load_state(number + 1, i, chunk.first, chunk.size);
@@ -145,7 +155,7 @@ template <class T, int kTiles> class Chain {
 
   void keep_gated(int64_t number, const Chunk& chunk, int64_t i, const A* b2) {
     const GateTiles<A, kTiles> gate(a_.weights, block(number), place_.first(i), place_.size(i));
-    A* gated = left_.gated(local(number)) + chunk.first * left_.stride + place_.first(i);
+    A* gated = left_.gated(local(number), place_.first(i)) + chunk.first * left_.stride;
     for (int t = 0; t < kTiles; ++t) {
       Tile<A> dot{};
       for (int64_t r = 0; r < chunk.size; ++r) {
@@ -162,6 +172,19 @@ template <class T, int kTiles> class Chain {
     load_samples(in<T>(a_.gstates, at(local(number), i, chunk.first)), s_.width, place_.size(i),
                  chunk.size, given, kGroup, kGroup);
     add_tiles(given, chunk.size * kGroup, g(i) + chunk.first * kGroup);
+  }
+
+  // Adds the slab from group `from` on to the weight gradients, after the samples before it.
+  void weights(int64_t number, int64_t from, const Turn& turn) {
+    if (from == 0 && turn.before)
+      wait_until([&] { return turn.before->load(std::memory_order_acquire) > number; });
+    const int64_t sample = place_.first(from);
+    for (const bool second : {true, false}) {
+      const int64_t rows = second ? s_.width : s_.hidden, cols = second ? s_.hidden : s_.width;
+      WeightRows<A> sum(rows, cols, in<A>(second ? a_.gw2 : a_.gw1, block(number) * rows * cols),
+                        in<A>(second ? a_.gb2 : a_.gb1, block(number) * rows), sample == 0);
+      add_slab<T>(a_, left_, local(number), sample, second, 0, sum);
+    }
   }
 
   static void add_tiles(const A* from, int64_t count, A* to) {
@@ -189,114 +212,12 @@ template <class T, int kTiles> class Chain {
   }
 
   const BackwardArgs& a_;
-  void (*const derive_)(A*, const A*, int64_t, const GateTiles<A, kTiles>&, A*, int64_t, A*);
+  void (*const derive_)(A*, A*, int64_t, int64_t, const GateTiles<A, kTiles>&, A*);
   const Shape& s_;
   const Groups<kTiles> place_;
-  const Left<A> left_;
   A *const x_, *const g_, *const sums_;  // [groups, D, kGroup] twice, the chunks' sums
+  const Left<A> left_;
   Widened<T> w1_, w2_;
 };
-
-// 128 samples: 32 columns of them and 8 rows of cotangents stay in the nearest cache.
-constexpr int64_t kBatchBlock = 128;
-
-// The rows of a chunk of one weight gradient and of its bias's: the sum over samples of
-// left (x) right, of one block or of several.
-//   w2: left = gated [D, batch], right = hidden [batch, H];  w1: left = delta [H, batch], right = x
-template <class A> class WeightRows {
- public:
-  // weights: [rows, cols], bias: [rows], of the chunk; `fresh`: nothing is there yet.
-  WeightRows(int64_t batch, int64_t rows, int64_t cols, A* weights, A* bias, bool fresh)
-      : batch_(batch), rows_(rows), cols_(cols), weights_(weights), bias_(bias), fresh_(fresh) {}
-
-  // Adds one block. left: [rows, stride]; right: [batch, cols].
-  template <class Right> void add(const A* left, int64_t stride, const Right* right) {
-    for (int64_t b = 0; b < batch_; b += kBatchBlock, fresh_ = false) {
-      const int64_t samples = least(kBatchBlock, batch_ - b);
-      for (int64_t c = 0; c < cols_; c += kCols)
-        add_columns(left + b, stride, right + b * cols_, samples, c);
-      for (int64_t r = 0; r < rows_; ++r)
-        bias_[r] = (fresh_ ? 0 : bias_[r]) + row_sum(left + r * stride + b, samples);
-    }
-  }
-
- private:
-  static constexpr int kTiles = kWide<A>;
-  static constexpr int64_t kCols = kTiles * kLanes;
-
-  template <class Right>
-  void add_columns(const A* left, int64_t stride, const Right* right, int64_t samples,
-                   int64_t c) const {
-    alignas(64) A block[kBatchBlock * kCols], sum[kChunk * kCols];
-    const int64_t cols = least(kCols, cols_ - c);
-    for (int64_t b = 0; b < samples; ++b)
-      for (int64_t i = 0; i < kCols; i += kLanes)
-        Stored<A>::store(
-            block + b * kCols + i,
-            i < cols ? load(right + b * cols_ + c + i, least(kLanes, cols - i)) : Tile<A>{});
-    product<kTiles, Rows<A>, A>(rows_, {left, stride}, nullptr, block, kCols, samples, sum, kCols);
-    for (int64_t r = 0; r < rows_; ++r)
-      for (int64_t i = 0; i < cols; i += kLanes) {
-        A* place = weights_ + r * cols_ + c + i;
-        const int64_t n = least(kLanes, cols - i);
-        const Tile<A> more = Stored<A>::load(sum + r * kCols + i);
-        store(place, fresh_ ? more : load(place, n) + more, n);
-      }
-  }
-
-  static A row_sum(const A* row, int64_t samples) {
-    Tile<A> sum{};
-    for (int64_t b = 0; b < samples; b += kLanes) sum += load(row + b, least(kLanes, samples - b));
-    return sum.sum();
-  }
-
-  const int64_t batch_, rows_, cols_;
-  A *const weights_, *const bias_;
-  bool fresh_;
-};
-
-// Adds up a chunk of rows of blocks [first, last) to `weights`, `bias`, stored as Out.
-template <class T, class Out, class Add>
-void sum_rows(const Shape& s, int64_t rows, int64_t cols, Out* weights, Out* bias, bool fresh,
-              const Add& add) {
-  using A = typename Stored<T>::A;
-  if constexpr (std::is_same_v<Out, A>) {
-    WeightRows<A> sum(s.batch, rows, cols, weights, bias, fresh);
-    add(sum);
-  } else {
-    std::vector<A> buffer(rows * (cols + 1));
-    WeightRows<A> sum(s.batch, rows, cols, buffer.data() + rows, buffer.data(), fresh);
-    add(sum);
-    move(buffer.data() + rows, weights, rows * cols);
-    move(buffer.data(), bias, rows);
-  }
-}
-
-template <class T> void weight_task(const BackwardArgs& a, int64_t task) {
-  using A = typename Stored<T>::A;
-  const Shape& s = a.shape;
-  const int64_t chunks2 = ceil_div(s.width, kChunk), chunks = chunks2 + ceil_div(s.hidden, kChunk);
-  const int64_t block = task / chunks, number = task % chunks;
-  const bool second = number < chunks2;  // of w2, else of w1
-  const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
-  const Chunk chunk(second ? number : number - chunks2, rows);
-  const Left<A> left(s, a.scratch);
-  const auto add = [&](WeightRows<A>& sum, int64_t l) {
-    const int64_t at = chunk.first * left.stride;
-    if (second) sum.add(left.gated(l) + at, left.stride, left.hidden(l));
-    else sum.add(left.delta(l) + at, left.stride, in<T>(a.states, l * s.batch * s.width));
-  };
-  void *const weights = second ? a.gw2 : a.gw1, *const bias = second ? a.gb2 : a.gb1;
-  const auto run = [&](auto out, int64_t set, bool fresh, const auto& all) {
-    using Out = decltype(out);
-    const int64_t row = set * rows + chunk.first;
-    sum_rows<T>(s, chunk.size, cols, in<Out>(weights, row * cols), in<Out>(bias, row), fresh, all);
-  };
-  if (s.shared)
-    run(A(), 0, !a.add, [&](WeightRows<A>& sum) {
-      for (int64_t l = 0; l < a.last - a.first; ++l) add(sum, l);
-    });
-  else run(T(), a.first + block, true, [&](WeightRows<A>& sum) { add(sum, block); });
-}
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

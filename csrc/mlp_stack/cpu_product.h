@@ -1,6 +1,7 @@
 // cpu_product: the product that all of mlp_stack is made of, a few rows of a matrix times vectors
 // of samples, and what brings tensors into its layout and back.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "../common/tile_math.h"
@@ -53,8 +54,9 @@ template <class A> using Rows = Matrix<A, false>;
 template <class A> using Columns = Matrix<A, true>;
 
 // out[r][t] = bias[r] + sum_k w(r, k) in[k][t], k in order, for kRows rows and kTiles tiles, whose
-// sums stay in registers. in: [count, in_stride]; out: [kRows, out_stride]; bias null: 0.
-template <int kRows, int kTiles, class W, class A>
+// sums stay in registers. in: [count, in_stride]; out: [kRows, out_stride], to be added to if kAdd;
+// bias null: 0.
+template <int kRows, int kTiles, bool kAdd, class W, class A>
 FASTRES_HD void product_of_rows(const W& w, const A* bias, const A* in, int64_t in_stride,
                                 int64_t count, A* out, int64_t out_stride) {
   Tile<A> sum[kRows][kTiles];
@@ -85,19 +87,22 @@ FASTRES_HD void product_of_rows(const W& w, const A* bias, const A* in, int64_t 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) Stored<A>::store(out + r * out_stride + t * kLanes, sum[r][t]);
+    for (int t = 0; t < kTiles; ++t) {
+      A* place = out + r * out_stride + t * kLanes;
+      Stored<A>::store(place, kAdd ? Stored<A>::load(place) + sum[r][t] : sum[r][t]);
+    }
 }
 
 // The same for any number of rows. What becomes of the product is a pass of its own, over numbers
 // that are in the nearest cache: 3 % of the time of a product of 64 columns.
-template <int kTiles, class W, class A>
+template <int kTiles, bool kAdd = false, class W, class A>
 void product(int64_t rows, const W& w, const A* bias, const A* in, int64_t in_stride, int64_t count,
              A* out, int64_t out_stride) {
   constexpr int kMost = kRowsAtOnce<A, kTiles>;
   const auto some = [&](auto size, int64_t r) {
-    product_of_rows<decltype(size)::value, kTiles>(w.from_row(r), bias ? bias + r : nullptr, in,
-                                                   in_stride, count, out + r * out_stride,
-                                                   out_stride);
+    product_of_rows<decltype(size)::value, kTiles, kAdd>(w.from_row(r), bias ? bias + r : nullptr,
+                                                         in, in_stride, count, out + r * out_stride,
+                                                         out_stride);
   };
   int64_t r = 0;
   for (; r + kMost <= rows; r += kMost) some(std::integral_constant<int, kMost>(), r);
@@ -150,31 +155,71 @@ template <class T> class Widened {
   A bias_[kInPlace ? 1 : kChunk];
 };
 
-// Four vectors of four, transposed.
-template <class A> FASTRES_HD void transpose4(const A* from, int64_t step, A* to, int64_t to_step) {
-  using Four = typename Packed<A, 4>::type;
-  using Index = typename Packed<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, 4>::type;
-  Four v[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(&v[i], from + i * step, sizeof(Four));
+// Four vectors, each kQuads times four elements side by side: of each four of fours, the transpose.
+template <class A, int kQuads> struct Quads {
+  static constexpr int kCount = 4 * kQuads;
+  using Vector = typename Packed<A, kCount>::type;
+  using Index = typename Packed<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, kCount>::type;
+  Vector v[4];
+
+  // Element i of a shuffle of two vectors, given those of the first four: 0 to 3 from a, else b.
+  template <int... kFour> static constexpr int place(int i) {
+    constexpr int four[4] = {kFour...};
+    const int at = four[i % 4];
+    return (at < 4 ? at : kCount + at - 4) + i / 4 * 4;
+  }
+  template <int... kFour, size_t... kAt>
+  FASTRES_HD static Vector shuffle(const Vector& a, const Vector& b, std::index_sequence<kAt...>) {
 #if defined(__clang__)
-#define FASTRES_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    return __builtin_shufflevector(a, b, place<kFour...>(kAt)...);
 #else
-#define FASTRES_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+    return __builtin_shuffle(a, b, Index{place<kFour...>(kAt)...});
 #endif
-  const Four low = FASTRES_SHUFFLE(v[0], v[1], 0, 4, 1, 5),
-             high = FASTRES_SHUFFLE(v[0], v[1], 2, 6, 3, 7),
-             low2 = FASTRES_SHUFFLE(v[2], v[3], 0, 4, 1, 5),
-             high2 = FASTRES_SHUFFLE(v[2], v[3], 2, 6, 3, 7);
-  const Four out[4] = {
-      FASTRES_SHUFFLE(low, low2, 0, 1, 4, 5), FASTRES_SHUFFLE(low, low2, 2, 3, 6, 7),
-      FASTRES_SHUFFLE(high, high2, 0, 1, 4, 5), FASTRES_SHUFFLE(high, high2, 2, 3, 6, 7)};
-#undef FASTRES_SHUFFLE
-  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_step, &out[i], sizeof(Four));
+  }
+  template <int... kFour> FASTRES_HD static Vector shuffle(const Vector& a, const Vector& b) {
+    return shuffle<kFour...>(a, b, std::make_index_sequence<kCount>());
+  }
+  FASTRES_HD Quads transposed() const {
+    const Vector low = shuffle<0, 4, 1, 5>(v[0], v[1]), high = shuffle<2, 6, 3, 7>(v[0], v[1]),
+                 low2 = shuffle<0, 4, 1, 5>(v[2], v[3]), high2 = shuffle<2, 6, 3, 7>(v[2], v[3]);
+    return {{shuffle<0, 1, 4, 5>(low, low2), shuffle<2, 3, 6, 7>(low, low2),
+             shuffle<0, 1, 4, 5>(high, high2), shuffle<2, 3, 6, 7>(high, high2)}};
+  }
+};
+
+// Fours of consecutive elements, `step` elements apart, side by side in a vector. By hand, as
+// compilers take them through memory.
+template <class V, class A> FASTRES_HD V side_by_side(const A* from,
+                                                      [[maybe_unused]] int64_t step) {
+  V v;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return (V)_mm512_insertf32x8(_mm512_castps256_ps512(side_by_side<__m256>(from, step)),
+                                 side_by_side<__m256>(from + 2 * step, step), 1);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(A) == 4)
+    return (V)_mm256_set_m128(_mm_loadu_ps(from + step), _mm_loadu_ps(from));
+#endif
+  std::memcpy(&v, from, sizeof v);
+  return v;
 }
-template <class A> void transpose16(const A* from, int64_t step, A* to, int64_t to_step) {
-  for (int i = 0; i < kLanes; i += 4)
-    for (int j = 0; j < kLanes; j += 4)
-      transpose4(from + i * step + j, step, to + j * to_step + i, to_step);
+
+// 16 by 16 elements. Fours are put side by side on their way into a register: that leaves half of
+// the shuffles to do.
+template <class A>
+FASTRES_HD void transpose16(const A* from, int64_t step, A* to, int64_t to_step) {
+  constexpr int kQuads = sizeof(A) == 4 ? kVectorBytes / 16 : 1;
+  using Block = Quads<A, kQuads>;
+  for (int i = 0; i < kLanes; i += Block::kCount)
+    for (int j = 0; j < kLanes; j += 4) {
+      Block block;
+      for (int r = 0; r < 4; ++r)
+        block.v[r] = side_by_side<typename Block::Vector>(from + (i + r) * step + j, 4 * step);
+      block = block.transposed();
+      for (int r = 0; r < 4; ++r)
+        std::memcpy(to + (j + r) * to_step + i, &block.v[r], sizeof block.v[r]);
+    }
 }
 
 // to [features, stride], samples in its first lanes  <-  rows [samples, row_stride]; lanes up to
@@ -185,7 +230,12 @@ void load_samples(const T* rows, int64_t row_stride, int64_t samples, int64_t fe
   alignas(64) A block[kLanes * kLanes], turned[kLanes * kLanes];
   for (int64_t s = 0; s < lanes; s += kLanes)
     for (int64_t c = 0; c < features; c += kLanes) {
-      const int64_t n = features - c < kLanes ? features - c : kLanes;
+      const int64_t n = least(kLanes, features - c);
+      if constexpr (std::is_same_v<T, A>)
+        if (n == kLanes && s + kLanes <= samples) {
+          transpose16(rows + s * row_stride + c, row_stride, to + c * stride + s, stride);
+          continue;
+        }
       for (int64_t i = 0; i < kLanes; ++i)
         Stored<A>::store(block + i * kLanes,
                          s + i < samples ? load(rows + (s + i) * row_stride + c, n) : Tile<A>{});
@@ -206,7 +256,12 @@ void store_samples(const A* from, int64_t stride, int64_t samples, int64_t featu
   alignas(64) A turned[kLanes * kLanes];
   for (int64_t s = 0; s < samples; s += kLanes)
     for (int64_t c = 0; c < features; c += kLanes) {
-      const int64_t n = features - c < kLanes ? features - c : kLanes;
+      const int64_t n = least(kLanes, features - c);
+      if constexpr (std::is_same_v<T, A>)
+        if (n == kLanes && s + kLanes <= samples) {
+          transpose16(from + c * stride + s, stride, rows + s * row_stride + c, row_stride);
+          continue;
+        }
       if (n == kLanes) {
         transpose16(from + c * stride + s, stride, turned, kLanes);
       } else {

@@ -27,6 +27,8 @@ template <class A> A gate_of(const Weights& w, int64_t block, int64_t sample) {
 template <class A, int kTiles> struct GateTiles {
   Tile<A> v[kTiles];
   GateTiles(const Weights& w, int64_t block, int64_t first, int64_t size) {
+    for (int t = 0; t < kTiles; ++t) v[t] = Math<Tile<A>>::of(1);
+    if (!w.gate) return;
     alignas(64) A each[kTiles * kLanes];
     for (int64_t i = 0; i < kTiles * kLanes; ++i)
       each[i] = i < size ? gate_of<A>(w, block, first + i) : A(1);
@@ -55,6 +57,18 @@ struct Chunk {
       : number(number), first(number * kChunk), size(least(kChunk, rows - first)) {}
 };
 
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+template <class Condition> void wait_until(const Condition& condition) {
+  for (int spins = 0; !condition(); ++spins) {
+    pause();
+    if (spins > 10000) std::this_thread::yield();  // whoever is waited for has lost its core
+  }
+}
+
 // One thread's part in a team.
 class Member {
  public:
@@ -65,7 +79,7 @@ class Member {
       for (int i = 0; i < 10000 && team.joined.load() < wanted; ++i) pause();
       team.size.store(team.joined.exchange(Team::kMost));
     } else if (index_ < wanted) {
-      wait([&] { return team.size.load() > 0; });
+      wait_until([&] { return team.size.load() > 0; });
     }
     size_ = team.size.load();
   }
@@ -78,22 +92,11 @@ class Member {
   void meet() {
     team_.steps[index_].done.store(++step_, std::memory_order_release);
     for (int m = 0; m < size_; ++m)
-      wait([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
+      wait_until([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
   }
   bool first() const { return index_ == 0; }
 
  private:
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-  }
-  template <class Condition> static void wait(const Condition& condition) {
-    for (int spins = 0; !condition(); ++spins) {
-      pause();
-      if (spins > 10000) std::this_thread::yield();  // some member has lost its core
-    }
-  }
   Team& team_;
   const int index_;
   int size_ = 0;

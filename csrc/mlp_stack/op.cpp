@@ -4,6 +4,7 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include <array>
+#include <atomic>
 #include <memory>
 #include <new>
 
@@ -40,46 +41,66 @@ struct Buffer {  // on a boundary of a cache line
   std::unique_ptr<void, void (*)(void*)> data;
 };
 
-// Passes all samples through `alone`(row, rows, buffer), tile by tile, where all threads find one;
-// else through `together`(buffer, team, members), as one tile.
+// Passes all samples through `alone`(tile, row, rows, buffer), each tile of whole `step`s of
+// samples, begun in their order.
+template <class Bytes, class Alone>
+void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& alone) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t steps = ceil_div(s.batch, step);
+  // 512 KiB: with the weights of a chunk in the second cache of a core.
+  const int64_t fixed = bytes(s, 0), each = bytes(s, step) - fixed;
+  const int64_t most = std::max<int64_t>(1, ((512 << 10) - fixed) / each);
+  const int64_t tiles = threads * ceil_div(steps, threads * most);  // as many for each thread
+  const int64_t rows = ceil_div(steps, tiles) * step, count = ceil_div(s.batch, rows);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    const Buffer buffer(bytes(s, rows));
+    for (int64_t tile = next++; tile < count; tile = next++)
+      alone(tile, tile * rows, std::min(rows, s.batch - tile * rows), buffer.data.get());
+  });
+}
+
+// The same, but as one tile through `together`(buffer, team, members) where not all threads find
+// one.
 template <class Bytes, class Alone, class Together>
 void for_tiles(const Shape& s, const Bytes& bytes, const Alone& alone, const Together& together) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = ceil_div(s.batch, kLargestGroup);
-  if (const int members = members_for(s, threads); members > 1) {
-    const Buffer buffer(bytes(s, s.batch));
-    Team team;
-    torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
-      // Where there is one thread after all it gets the whole range.
-      together(buffer.data.get(), team, end - begin == members ? 1 : members);
-    });
-    return;
-  }
-  // 512 KiB: with the weights of a chunk in the second cache of a core.
-  const int64_t most = std::max<int64_t>(1, (512 << 10) / bytes(s, kLargestGroup));
-  const int64_t tiles = threads * ceil_div(groups, threads * most);  // as many for each thread
-  const int64_t rows = ceil_div(groups, tiles) * kLargestGroup;
-  torch::stable::parallel_for(0, ceil_div(s.batch, rows), 1, [&](int64_t begin, int64_t end) {
-    const Buffer buffer(bytes(s, rows));
-    for (int64_t row = begin * rows; row < std::min(end * rows, s.batch); row += rows)
-      alone(row, std::min(rows, s.batch - row), buffer.data.get());
+  const int members = members_for(s, torch::stable::get_num_threads());
+  if (members == 1) return for_tiles(s, kLargestGroup, bytes, alone);
+  const Buffer buffer(bytes(s, s.batch));
+  Team team;
+  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    // Where there is one thread after all it gets the whole range.
+    together(buffer.data.get(), team, end - begin == members ? 1 : members);
   });
 }
 
 void run(const Args& a) {
   for_tiles(
       a.shape, forward_tile_bytes,
-      [&](int64_t row, int64_t rows, void* buffer) {
+      [&](int64_t, int64_t row, int64_t rows, void* buffer) {
         forward_for_this_cpu()(a, row, rows, buffer);
       },
       [&](void* buffer, Team& team, int members) {
         forward_together_for_this_cpu()(a, buffer, team, members);
       });
 }
+void run_in_turns(const BackwardArgs& a) {
+  std::vector<std::atomic<int64_t>> done(ceil_div(a.shape.batch, kSlab));  // of each tile
+  const auto bytes = [](const Shape& s, int64_t rows) {
+    return chain_tile_bytes(s, rows) + left_bytes(s);
+  };
+  for_tiles(a.shape, kSlab, bytes, [&](int64_t tile, int64_t row, int64_t rows, void* buffer) {
+    const Turn turn{tile ? &done[tile - 1] : nullptr, &done[tile]};
+    chain_in_turn_for_this_cpu()(a, row, rows, buffer, turn);
+  });
+}
 void run(const BackwardArgs& a) {
+  if (in_turns(a)) return run_in_turns(a);
   for_tiles(
       a.shape, chain_tile_bytes,
-      [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
+      [&](int64_t, int64_t row, int64_t rows, void* buffer) {
+        chain_for_this_cpu()(a, row, rows, buffer);
+      },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);
       });
@@ -171,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
 // kLeftBytes.
 int64_t segment_of(const Shape& s, int64_t every) {
   if (every > 1) return every;
+  if (!scratch_bytes(BackwardArgs{s, {}, 0, s.blocks})) return s.blocks;
   const int64_t each = scratch_bytes(BackwardArgs{s, {}, 0, 1});
   return std::min(s.blocks, std::max<int64_t>(1, kLeftBytes / std::max<int64_t>(each, 1)));
 }
