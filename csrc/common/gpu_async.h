@@ -51,6 +51,9 @@ inline int64_t most_shared_bytes() {
   return bytes;
 }
 
+// As many as every device has from compute capability 8.0 on (8.6, 8.9 and 12.0 no more).
+constexpr int64_t kLeastSharedBytes = 99 << 10;
+
 // Lets a kernel have all the shared memory of the current device, beyond the 48 KiB that need no
 // leave. `allowed` belongs to the kernel: of each device, a bit once that is done.
 template <class Kernel> cudaError_t allow_shared(Kernel* kernel, std::atomic<uint64_t>& allowed) {
@@ -91,6 +94,7 @@ inline void end_copy_group() { ++cuda_on_cpu::self().groups; }
 template <int kLeft> void wait_for_copies() { cuda_on_cpu::wait_for_copies(kLeft); }
 
 inline int64_t most_shared_bytes() { return cuda_on_cpu::options.shared_bytes; }
+constexpr int64_t kLeastSharedBytes = 0;  // so that kernels are tried with as little as is wanted
 
 template <class... P, class... A>
 void launch_with_shared(const char* name, void (*kernel)(P...), std::atomic<uint64_t>&, dim3 grid,

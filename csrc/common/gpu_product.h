@@ -120,9 +120,9 @@ template <class T> FASTRES_HD bool is_packed(const T* data, int64_t cols) {
 
 // Starts to copy the panel of rows m or n from mn on and of k from k on; zeros beyond the matrix.
 // Either way a panel has 8 packs of 16 bytes per row m or n: one code for both.
-template <int kExtent, int kThreads, class T>
+template <int kExtent, class T>
 __device__ __forceinline__ void fetch_panel(char* at, const Matrix<T>& from, bool along, int64_t mn,
-                                            int64_t k) {
+                                            int64_t k, int threads) {
   constexpr int kPack = kPackSize<T>, kPacks = 8 * kExtent;
   const int cols = along ? kDepth<T> : kExtent,
             stride = along ? kAlongStride<T> : across_stride(kExtent);
@@ -131,7 +131,7 @@ __device__ __forceinline__ void fetch_panel(char* at, const Matrix<T>& from, boo
   T* const to = reinterpret_cast<T*>(at);
   if (from.packed) {
 #pragma unroll
-    for (int i = threadIdx.x; i < kPacks; i += kThreads) {
+    for (int i = threadIdx.x; i < kPacks; i += threads) {
       const int r = along ? i / 8 : i / (kExtent / kPack);
       const int c = (along ? i % 8 : i % (kExtent / kPack)) * kPack;
       const bool inside = row + r < from.rows && col + c < from.cols;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void fetch_panel(char* at, const Matrix<T>& from, boo
     }
   } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < kPacks * kPack; i += kThreads) {
+    for (int i = threadIdx.x; i < kPacks * kPack; i += threads) {
       const int r = i / cols, c = i % cols;
       const bool inside = row + r < from.rows && col + c < from.cols;
       to[r * stride + c] =
@@ -261,8 +261,8 @@ __device__ __forceinline__ void add_product(Products<Tile>& sums, char* memory,
   const int steps = int(ceil_div(kAlongA ? a.cols : a.rows, kDepth<T>));
   int64_t k = 0;
   auto fetch = [&](char* slot) {
-    fetch_panel<Tile::kM, Tile::kThreads>(slot, a, kAlongA, m, k);
-    fetch_panel<Tile::kN, Tile::kThreads>(slot + panel_bytes(Tile::kM), b, kAlongB, n, k);
+    fetch_panel<Tile::kM>(slot, a, kAlongA, m, k, Tile::kThreads);
+    fetch_panel<Tile::kN>(slot + panel_bytes(Tile::kM), b, kAlongB, n, k, Tile::kThreads);
     k += kDepth<T>;
   };
   __syncthreads();  // the panels of a product before this one have been used

@@ -1,6 +1,5 @@
 // cpu_backward: the cotangents of a tile of samples through the blocks, downwards.
 #pragma once
-#include "activation.h"
 #include "cpu_weights.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {

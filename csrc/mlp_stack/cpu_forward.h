@@ -1,6 +1,5 @@
 // cpu_forward: a tile of samples through the blocks, upwards.
 #pragma once
-#include "activation.h"
 #include "cpu_tile.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {

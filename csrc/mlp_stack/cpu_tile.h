@@ -1,10 +1,53 @@
 // cpu_tile: a tile of samples on its way through the blocks, and the order of the steps.
 #pragma once
 #include <thread>
+#include <vector>
 
-#include "cpu_product.h"
+#include "../common/activation.h"
+#include "../common/tile_product.h"
+#include "cpu.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {
+
+using namespace fastres::FASTRES_ISA;
+
+// 64 KiB: as far ahead as weights are fetched into the second cache.
+constexpr int64_t kMostAhead = 16384;
+
+// A member's weights in the accumulate type: where they are, or widened to a buffer of its own.
+template <class T> class Widened {
+  using A = typename Stored<T>::A;
+  static constexpr bool kInPlace = std::is_same_v<T, A>;
+
+ public:
+  // `most` columns; `matrix`: elements of a block's matrix, which are fetched while those of the
+  // block before it are used, unless they would take too much of the second cache.
+  Widened(int64_t most, int64_t matrix, int direction = 1)
+      : ahead_(direction * least(matrix, kMostAhead)), buffer_(kInPlace ? 0 : kChunk * most) {}
+
+  // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.
+  Rows<A> rows(const T* from, int64_t rows, int64_t cols) {
+    if constexpr (kInPlace) return {from, cols, ahead_};
+    else return {widen(from, cols, rows, cols, buffer_.data()), cols};
+  }
+  Columns<A> columns(const T* from, int64_t stride, int64_t rows, int64_t cols) {
+    if constexpr (kInPlace) return {from, stride, ahead_};
+    else return {widen(from, stride, rows, cols, buffer_.data()), cols};
+  }
+  const A* bias(const T* from, int64_t size) {
+    if constexpr (kInPlace) return from;
+    else return widen(from, 0, 1, size, bias_);
+  }
+
+ private:
+  static const A* widen(const T* from, int64_t stride, int64_t rows, int64_t cols, A* to) {
+    for (int64_t r = 0; r < rows; ++r) move(from + r * stride, to + r * cols, cols);
+    return to;
+  }
+  const int64_t ahead_;
+  std::vector<A> buffer_;
+  A bias_[kInPlace ? 1 : kChunk];
+};
 
 // Where a tile's samples stand: `rows` of them from sample `row`, in groups side by side.
 template <int kTiles> struct Groups {
@@ -15,24 +58,6 @@ template <int kTiles> struct Groups {
   int64_t first(int64_t group) const { return row + group * kLanesOfGroup; }
   int64_t size(int64_t group) const {  // samples in the group
     return least(kLanesOfGroup, rows - group * kLanesOfGroup);
-  }
-};
-
-template <class A> A gate_of(const Weights& w, int64_t block, int64_t sample) {
-  if (!w.gate) return A(1);
-  return static_cast<const A*>(w.gate)[block * w.gate_block_stride + sample * w.gate_row_stride];
-}
-
-// The gate of a block for the samples of a group.
-template <class A, int kTiles> struct GateTiles {
-  Tile<A> v[kTiles];
-  GateTiles(const Weights& w, int64_t block, int64_t first, int64_t size) {
-    for (int t = 0; t < kTiles; ++t) v[t] = Math<Tile<A>>::of(1);
-    if (!w.gate) return;
-    alignas(64) A each[kTiles * kLanes];
-    for (int64_t i = 0; i < kTiles * kLanes; ++i)
-      each[i] = i < size ? gate_of<A>(w, block, first + i) : A(1);
-    for (int t = 0; t < kTiles; ++t) v[t] = Stored<A>::load(each + t * kLanes);
   }
 };
 

@@ -5,21 +5,7 @@
 
 namespace fastres::mlp_stack {
 
-// Cuts scratch up, or counts its bytes where there is none.
-class Cutter {
- public:
-  explicit Cutter(void* scratch) : scratch_(static_cast<char*>(scratch)) {}
-  template <class T> T* take(int64_t count) {
-    char* const p = scratch_ ? scratch_ + bytes_ : nullptr;
-    bytes_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;  // as torch aligns its tensors
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* scratch_;
-  int64_t bytes_ = 0;
-};
+using gpu::Cutter;
 
 // 16 MiB: partial sums of so many blocks are left for one launch that adds them up.
 constexpr int64_t kPartsBytes = 16 << 20;

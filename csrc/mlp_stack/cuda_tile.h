@@ -3,13 +3,14 @@
 // of one layer and of the whole stack.
 #pragma once
 #include "../common/gpu_math.h"
+#include "../common/gpu_memory.h"
 #include "../common/gpu_product.h"
-#include "activation.h"
 #include "kernel.h"
 
 namespace fastres::mlp_stack {
 
 using gpu::Arithmetic;
+using gpu::at;
 using gpu::for_spots;
 using gpu::Matrix;
 using gpu::narrow;
@@ -17,13 +18,6 @@ using gpu::Pair;
 using gpu::Products;
 using gpu::Spot;
 using gpu::widen;
-
-template <class T> __device__ __forceinline__ const T* at(const void* p, int64_t i) {
-  return p ? static_cast<const T*>(p) + i : nullptr;
-}
-template <class T> __device__ __forceinline__ T* at(void* p, int64_t i) {
-  return p ? static_cast<T*>(p) + i : nullptr;
-}
 
 template <class A> __device__ __forceinline__ Pair<A> scaled(A factor, const Pair<A>& v) {
   return {{gpu::product(factor, v.v[0]), gpu::product(factor, v.v[1])}};

@@ -6,11 +6,9 @@
 //     W2' = sum (gate g) h^T;  b2' = sum gate g;  W1' = sum dz x^T;  b1' = sum dz
 // The stream, the sums and every product are accumulated in float64 for float64, else in float32.
 #pragma once
-#include "../common/dtype.h"
+#include "../common/stack.h"
 
 namespace fastres::mlp_stack {
-
-enum class Activation : int32_t { kIdentity, kRelu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh };
 
 struct Shape {
   int64_t batch, width, hidden;  // B, D, H
@@ -21,14 +19,7 @@ struct Shape {
   bool tf32;    // CUDA: products of float32 may round their factors to tf32
 };
 
-struct Weights {
-  const void* w1;    // [L or 1, H, D]
-  const void* b1;    // [L or 1, H]
-  const void* w2;    // [L or 1, D, H]
-  const void* b2;    // [L or 1, D]
-  const void* gate;  // [L, B] with the two strides, accumulate type; null: 1
-  int64_t gate_block_stride, gate_row_stride;
-};
+using Weights = StackWeights;
 
 // Blocks [first, last).
 struct Args {

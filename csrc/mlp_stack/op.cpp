@@ -1,13 +1,11 @@
 // mlp_stack as operators: schemas, checks, outputs, and the walk over segments of blocks backwards.
-#include "../common/op.h"
-
+#include "../common/stack_inputs.h"
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include <array>
 #include <atomic>
-#include <memory>
-#include <new>
 
+#include "../common/buffer.h"
 #include "../common/numpy.h"
 #include "cpu.h"
 #endif
@@ -34,13 +32,6 @@ void run(const BackwardArgs& a, const Tensor& x) {
 // 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
 constexpr int64_t kLeftBytes = 2 << 20;
 
-struct Buffer {  // on a boundary of a cache line
-  explicit Buffer(int64_t bytes)
-      : data(::operator new(bytes, std::align_val_t(64)),
-             [](void* p) { ::operator delete(p, std::align_val_t(64)); }) {}
-  std::unique_ptr<void, void (*)(void*)> data;
-};
-
 // Passes all samples through `alone`(tile, row, rows, buffer), each tile of whole `step`s of
 // samples, begun in their order.
 template <class Bytes, class Alone>
@@ -56,7 +47,7 @@ void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& al
   torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     const Buffer buffer(bytes(s, rows));
     for (int64_t tile = next++; tile < count; tile = next++)
-      alone(tile, tile * rows, std::min(rows, s.batch - tile * rows), buffer.data.get());
+      alone(tile, tile * rows, std::min(rows, s.batch - tile * rows), buffer.data());
   });
 }
 
@@ -70,7 +61,7 @@ void for_tiles(const Shape& s, const Bytes& bytes, const Alone& alone, const Tog
   Team team;
   torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
     // Where there is one thread after all it gets the whole range.
-    together(buffer.data.get(), team, end - begin == members ? 1 : members);
+    together(buffer.data(), team, end - begin == members ? 1 : members);
   });
 }
 
@@ -112,47 +103,9 @@ void run(const BackwardArgs& a) {
 template <class Any> void run(const Any& args, const Tensor&) { run(args); }
 #endif
 
-// The six inputs of a call, checked, contiguous where the kernels want it.
-struct Inputs {
-  Tensor x, w1, b1, w2, b2;
-  OptionalTensor gate;
-  Shape shape;
-  ScalarType wide;
-
-  Inputs(const Tensor& x_given, const Tensor& w1_given, const Tensor& b1_given,
-         const Tensor& w2_given, const Tensor& b2_given, const OptionalTensor& gate_given,
-         int64_t blocks, int64_t activation, bool tf32)
-      : x(torch::stable::contiguous(x_given)),
-        w1(torch::stable::contiguous(w1_given)),
-        b1(torch::stable::contiguous(b1_given)),
-        w2(torch::stable::contiguous(w2_given)),
-        b2(torch::stable::contiguous(b2_given)),
-        gate(gate_given) {
-    STD_TORCH_CHECK(x.dim() == 2 && w1.dim() == 3, kName, ": x must be [B, D] and w1 [L, H, D]");
-    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGeluTanh),
-                    kName, ": activation must be the number of one, got ", activation);
-    const Dtype dtype = dtype_of(kName, "x", x);
-    const int64_t sets = w1.size(0), hidden = w1.size(1), width = x.size(1);
-    STD_TORCH_CHECK(blocks >= 0 && (sets == blocks || sets == 1), kName,
-                    ": w1 must have 1 or blocks sets of weights, got ", sets);
-    const ScalarType type = x.scalar_type();
-    check_small(kName, "w1", w1, {sets, hidden, width}, type, x);
-    check_small(kName, "b1", b1, {sets, hidden}, type, x);
-    check_small(kName, "w2", w2, {sets, width, hidden}, type, x);
-    check_small(kName, "b2", b2, {sets, width}, type, x);
-    STD_TORCH_CHECK(width > 0 && hidden > 0, kName, ": x and w1 must have features");
-    wide = accumulate_type(dtype);
-    if (gate) check_small(kName, "gate", *gate, {blocks, x.size(0)}, wide, x);
-    shape = Shape{x.size(0),      width, hidden, blocks, dtype, static_cast<Activation>(activation),
-                  sets != blocks, tf32};
-  }
-
-  Weights weights() const {
-    return {w1.const_data_ptr(),       b1.const_data_ptr(), w2.const_data_ptr(),
-            b2.const_data_ptr(),       data_or_null(gate),  gate ? gate->stride(0) : 0,
-            gate ? gate->stride(1) : 0};
-  }
-};
+Shape shape_of(const StackInputs& in, bool tf32) {
+  return {in.batch, in.width, in.hidden, in.blocks, in.dtype, in.activation, in.shared, tf32};
+}
 
 Tensor scratch_of(const Tensor& like, int64_t bytes) {
   return on_large_pages(uninitialized(like, {bytes}, ScalarType::Byte));
@@ -165,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
                                            const OptionalTensor& gate, int64_t blocks,
                                            int64_t activation, int64_t every, bool stats,
                                            bool tf32) {
-  const Inputs in(x, w1, b1, w2, b2, gate, blocks, activation, tf32);
-  const Shape& s = in.shape;
+  const StackInputs in(kName, x, w1, b1, w2, b2, gate, blocks, activation);
+  const Shape s = shape_of(in, tf32);
   Tensor y = uninitialized_like(in.x);
   Tensor sums =
       stats ? uninitialized(x, {blocks, 3, s.batch}, in.wide) : uninitialized(x, {0}, in.wide);
@@ -201,8 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& gy, const OptionalTensor& gstates, const Tensor& states, const Tensor& w1,
     const Tensor& b1, const Tensor& w2, const Tensor& b2, const OptionalTensor& gate,
     int64_t blocks, int64_t activation, int64_t every, bool weights, bool gate_grad, bool tf32) {
-  const Inputs in(gy, w1, b1, w2, b2, gate, blocks, activation, tf32);
-  const Shape& s = in.shape;
+  const StackInputs in(kName, gy, w1, b1, w2, b2, gate, blocks, activation);
+  const Shape s = shape_of(in, tf32);
   const ScalarType type = gy.scalar_type();
   STD_TORCH_CHECK(every >= 1 && states.dim() == 3 && states.size(0) == ceil_div(blocks, every),
                   kName, ": states must have one state for every ", every, " blocks");

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastres.ops.calls import check_flag, check_tensor, is_underived
-from fastres.ops.layout import accumulate
+from fastres.ops.calls import check_flag, is_underived
 from fastres.ops.mlp_stack_blocks import CODES, Add, composed
 from fastres.ops.mlp_stack_rules import FORWARD, MlpStack, has_kernel
+from fastres.ops.stack_inputs import check_stack, expanded
 from fastres.ops.stats import Stats
 
 
@@ -78,11 +77,11 @@ def mlp_stack(
             return_states=return_states,
             checkpoint=checkpoint,
         )
-    _check(x, (w1, b1, w2, b2), gate, activation, blocks)
+    check_stack("mlp_stack", x, (w1, b1, w2, b2), gate, activation, blocks)
     check_flag("mlp_stack", "return_states", return_states)
     check_flag("mlp_stack", "checkpoint", checkpoint)
     count = w1.size(0) if blocks is None else blocks
-    gates = _expanded(gate, x, count)
+    gates = expanded(gate, x, count)
     code = CODES[activation]
     tf32 = x.is_cuda and allows_tf32()
     given = (x, w1, b1, w2, b2, gates)
@@ -116,7 +115,7 @@ def reference(
     `add` joins a branch to its stream, so that each add can be watched; nothing is checkpointed.
     """
     count = w1.size(0) if blocks is None else blocks
-    gates, code = _expanded(gate, x, count), CODES[activation]
+    gates, code = expanded(gate, x, count), CODES[activation]
     y, sums, states = composed(x, w1, b1, w2, b2, gates, count, code, int(return_states), add)
     return (torch.cat([states, y[None]]) if return_states else y), Stats(sums)
 
@@ -157,70 +156,3 @@ def _apply(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     run: Any = MlpStack.apply if compiled else super(torch.autograd.Function, MlpStack).apply
     outputs: tuple[Tensor, Tensor, Tensor] = run(*args)
     return outputs
-
-
-def _expanded(gate: float | Tensor | None, x: Tensor, blocks: int) -> Tensor | None:
-    """View a gate as [L, B] in the accumulate dtype."""
-    if gate is None:
-        return None
-    gate = torch.as_tensor(gate, dtype=accumulate(x.dtype), device=x.device)
-    return (gate[:, None] if gate.dim() == 1 else gate).expand(blocks, x.size(0))
-
-
-def _check(
-    x: Tensor,
-    weights: tuple[Tensor, ...],
-    gate: float | Tensor | None,
-    activation: str,
-    blocks: int | None,
-) -> None:
-    """Raise the error that names the argument, the rule and the value, if there is one."""
-    check_tensor("mlp_stack", "x", x)
-    if x.dim() != 2:
-        raise ValueError(f"mlp_stack: x must have 2 dimensions, got {x.dim()}")
-    for name, weight in zip(("w1", "b1", "w2", "b2"), weights, strict=True):
-        check_tensor("mlp_stack", name, weight)
-        if weight.dtype != x.dtype:
-            raise TypeError(
-                f"mlp_stack: {name} must have the dtype of x, {x.dtype}, got {weight.dtype}"
-            )
-        if weight.device != x.device:
-            raise TypeError(f"mlp_stack: {name} must be on {x.device}, got {weight.device}")
-    w1 = weights[0]
-    if w1.dim() != 3 or w1.size(2) != x.size(1):
-        raise ValueError(f"mlp_stack: w1 must have shape [L, H, {x.size(1)}], got {[*w1.shape]}")
-    sets, hidden, width = w1.shape
-    if hidden == 0 or width == 0:
-        raise ValueError(f"mlp_stack: w1 must have sizes H, D >= 1, got {[*w1.shape]}")
-    shapes = {"b1": (sets, hidden), "w2": (sets, width, hidden), "b2": (sets, width)}
-    for (name, shape), weight in zip(shapes.items(), weights[1:], strict=True):
-        if weight.shape != shape:
-            raise ValueError(f"mlp_stack: {name} must have shape {[*shape]}, got {[*weight.shape]}")
-    if activation not in CODES:
-        known = ", ".join(CODES)
-        raise ValueError(f"mlp_stack: activation must be one of {known}, got {activation!r}")
-    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int)):
-        raise TypeError(f"mlp_stack: blocks must be an integer, got {blocks!r}")
-    if blocks is not None and (blocks < 0 or sets not in (1, blocks)):
-        rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
-        raise ValueError(f"mlp_stack: blocks must be {rule}, got {blocks}")
-    if gate is not None:
-        _check_gate(gate, x, sets if blocks is None else blocks)
-
-
-def _check_gate(gate: float | Tensor, x: Tensor, blocks: int) -> None:
-    """Raise the error that names the gate, if it is wrong."""
-    if not isinstance(gate, Tensor):
-        if not isinstance(gate, Real):
-            kind = type(gate).__name__
-            raise TypeError(f"mlp_stack: gate must be a number or tensor, got {kind}")
-        return
-    check_tensor("mlp_stack", "gate", gate)
-    batch = x.size(0)
-    if gate.dim() > 2 or gate.shape != (blocks, batch)[: gate.dim()]:
-        raise ValueError(
-            f"mlp_stack: gate must have shape [], [{blocks}] or [{blocks}, {batch}], "
-            f"got {[*gate.shape]}"
-        )
-    if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
-        raise TypeError(f"mlp_stack: gate must be on {x.device}, got {gate.device}")

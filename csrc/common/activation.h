@@ -1,12 +1,12 @@
-// activation: the activations of mlp_stack and their derivatives, as torch defines them, written
-// once for numbers on a GPU and tiles on a CPU.
+// activation: the activations of a stack and their derivatives, as torch defines them, written once
+// for numbers on a GPU and tiles on a CPU.
 #pragma once
 #include <type_traits>
 
-#include "../common/math.h"
-#include "kernel.h"
+#include "math.h"
+#include "stack.h"
 
-namespace fastres::mlp_stack {
+namespace fastres {
 
 // 1 / (1 + exp(-z))
 template <class V> FASTRES_HD V logistic(const V& z) {
@@ -81,4 +81,4 @@ template <class Pick> FASTRES_HD auto pick_activation(Activation activation, con
   }
 }
 
-}  // namespace fastres::mlp_stack
+}  // namespace fastres

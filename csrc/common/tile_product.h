@@ -1,15 +1,12 @@
-// cpu_product: the product that all of mlp_stack is made of, a few rows of a matrix times vectors
-// of samples, and what brings tensors into its layout and back.
+// tile_product: the product that a stack is made of, a few rows of a matrix times vectors of
+// samples, and what brings tensors into its layout and back.
 #pragma once
 #include <utility>
-#include <vector>
 
-#include "../common/tile_math.h"
-#include "cpu.h"
+#include "stack.h"
+#include "tile_math.h"
 
-namespace fastres::mlp_stack::FASTRES_ISA {
-
-using namespace fastres::FASTRES_ISA;
+namespace fastres::FASTRES_ISA {
 
 FASTRES_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -109,9 +106,6 @@ void product(int64_t rows, const W& w, const A* bias, const A* in, int64_t in_st
   for (; r < rows; ++r) some(std::integral_constant<int, 1>(), r);
 }
 
-// 64 KiB: as far ahead as weights are fetched into the second cache.
-constexpr int64_t kMostAhead = 16384;
-
 // Copies elements of one type to another.
 template <class From, class To> void move(const From* from, To* to, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -119,41 +113,6 @@ template <class From, class To> void move(const From* from, To* to, int64_t coun
     store(to + i, load(from + i, n), n);
   }
 }
-
-// A member's weights in the accumulate type: where they are, or widened to a buffer of its own.
-template <class T> class Widened {
-  using A = typename Stored<T>::A;
-  static constexpr bool kInPlace = std::is_same_v<T, A>;
-
- public:
-  // `most` columns; `matrix`: elements of a block's matrix, which are fetched while those of the
-  // block before it are used, unless they would take too much of the second cache.
-  Widened(int64_t most, int64_t matrix, int direction = 1)
-      : ahead_(direction * least(matrix, kMostAhead)), buffer_(kInPlace ? 0 : kChunk * most) {}
-
-  // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.
-  Rows<A> rows(const T* from, int64_t rows, int64_t cols) {
-    if constexpr (kInPlace) return {from, cols, ahead_};
-    else return {widen(from, cols, rows, cols, buffer_.data()), cols};
-  }
-  Columns<A> columns(const T* from, int64_t stride, int64_t rows, int64_t cols) {
-    if constexpr (kInPlace) return {from, stride, ahead_};
-    else return {widen(from, stride, rows, cols, buffer_.data()), cols};
-  }
-  const A* bias(const T* from, int64_t size) {
-    if constexpr (kInPlace) return from;
-    else return widen(from, 0, 1, size, bias_);
-  }
-
- private:
-  static const A* widen(const T* from, int64_t stride, int64_t rows, int64_t cols, A* to) {
-    for (int64_t r = 0; r < rows; ++r) move(from + r * stride, to + r * cols, cols);
-    return to;
-  }
-  const int64_t ahead_;
-  std::vector<A> buffer_;
-  A bias_[kInPlace ? 1 : kChunk];
-};
 
 // Four vectors, each kQuads times four elements side by side: of each four of fours, the transpose.
 template <class A, int kQuads> struct Quads {
@@ -274,4 +233,22 @@ void store_samples(const A* from, int64_t stride, int64_t samples, int64_t featu
     }
 }
 
-}  // namespace fastres::mlp_stack::FASTRES_ISA
+template <class A> A gate_of(const StackWeights& w, int64_t block, int64_t sample) {
+  if (!w.gate) return A(1);
+  return static_cast<const A*>(w.gate)[block * w.gate_block_stride + sample * w.gate_row_stride];
+}
+
+// The gate of a block for the samples of a group.
+template <class A, int kTiles> struct GateTiles {
+  Tile<A> v[kTiles];
+  GateTiles(const StackWeights& w, int64_t block, int64_t first, int64_t size) {
+    for (int t = 0; t < kTiles; ++t) v[t] = Math<Tile<A>>::of(1);
+    if (!w.gate) return;
+    alignas(64) A each[kTiles * kLanes];
+    for (int64_t i = 0; i < kTiles * kLanes; ++i)
+      each[i] = i < size ? gate_of<A>(w, block, first + i) : A(1);
+    for (int t = 0; t < kTiles; ++t) v[t] = Stored<A>::load(each + t * kLanes);
+  }
+};
+
+}  // namespace fastres::FASTRES_ISA

@@ -1,0 +1,86 @@
+"""stack_inputs: the arguments of a stack of residual blocks, checked and brought to one form."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from fastres.ops.calls import check_tensor
+from fastres.ops.layout import accumulate
+from fastres.ops.mlp_stack_blocks import CODES
+
+
+def expanded(gate: float | Tensor | None, x: Tensor, blocks: int) -> Tensor | None:
+    """View a gate as [L, B] in the accumulate dtype."""
+    if gate is None:
+        return None
+    gate = torch.as_tensor(gate, dtype=accumulate(x.dtype), device=x.device)
+    return (gate[:, None] if gate.dim() == 1 else gate).expand(blocks, x.size(0))
+
+
+def check_stack(
+    op: str,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    gate: float | Tensor | None,
+    activation: str,
+    blocks: int | None,
+) -> None:
+    """Raise the error that names the argument, the rule and the value, if there is one.
+
+    Args:
+        op: Whose arguments they are.
+        x: The stream, to be [B, D].
+        weights: w1, b1, w2, b2, to be [L, H, D], [L, H], [L, D, H], [L, D].
+        gate: To be None, a number, [], [L] or [L, B].
+        activation: To be in CODES.
+        blocks: To be None or L, more than one where the weights are one set.
+    """
+    check_tensor(op, "x", x)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must have 2 dimensions, got {x.dim()}")
+    for name, weight in zip(("w1", "b1", "w2", "b2"), weights, strict=True):
+        check_tensor(op, name, weight)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
+        if weight.device != x.device:
+            raise TypeError(f"{op}: {name} must be on {x.device}, got {weight.device}")
+    w1 = weights[0]
+    if w1.dim() != 3 or w1.size(2) != x.size(1):
+        raise ValueError(f"{op}: w1 must have shape [L, H, {x.size(1)}], got {[*w1.shape]}")
+    sets, hidden, width = w1.shape
+    if hidden == 0 or width == 0:
+        raise ValueError(f"{op}: w1 must have sizes H, D >= 1, got {[*w1.shape]}")
+    shapes = {"b1": (sets, hidden), "w2": (sets, width, hidden), "b2": (sets, width)}
+    for (name, shape), weight in zip(shapes.items(), weights[1:], strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {[*shape]}, got {[*weight.shape]}")
+    if activation not in CODES:
+        known = ", ".join(CODES)
+        raise ValueError(f"{op}: activation must be one of {known}, got {activation!r}")
+    if blocks is not None and (isinstance(blocks, bool) or not isinstance(blocks, int)):
+        raise TypeError(f"{op}: blocks must be an integer, got {blocks!r}")
+    if blocks is not None and (blocks < 0 or sets not in (1, blocks)):
+        rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
+        raise ValueError(f"{op}: blocks must be {rule}, got {blocks}")
+    if gate is not None:
+        _check_gate(op, gate, x, sets if blocks is None else blocks)
+
+
+def _check_gate(op: str, gate: float | Tensor, x: Tensor, blocks: int) -> None:
+    """Raise the error that names the gate, if it is wrong."""
+    if not isinstance(gate, Tensor):
+        if not isinstance(gate, Real):
+            kind = type(gate).__name__
+            raise TypeError(f"{op}: gate must be a number or tensor, got {kind}")
+        return
+    check_tensor(op, "gate", gate)
+    batch = x.size(0)
+    if gate.dim() > 2 or gate.shape != (blocks, batch)[: gate.dim()]:
+        raise ValueError(
+            f"{op}: gate must have shape [], [{blocks}] or [{blocks}, {batch}], got {[*gate.shape]}"
+        )
+    if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
+        raise TypeError(f"{op}: gate must be on {x.device}, got {gate.device}")
