@@ -2,7 +2,7 @@
 
 from fastres import nn
 from fastres.ops import Stats, mlp_stack, residual_add
-from fastres.paths import PathGradients, path_gradients
+from fastres.paths import PathGradients, mlp_stack_paths, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
 
@@ -12,6 +12,7 @@ __all__ = [
     "Stats",
     "Tape",
     "mlp_stack",
+    "mlp_stack_paths",
     "nn",
     "path_gradients",
     "record",

@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import build, mlp_stack, mlp_stack_reference, residual_add, residual_add_reference
+from cuda_on_cpu import (
+    build,
+    mlp_stack,
+    mlp_stack_paths,
+    mlp_stack_paths_reference,
+    mlp_stack_reference,
+    residual_add,
+    residual_add_reference,
+)
 
 SOURCES = sorted(build.ROOT.glob("csrc/*/cuda.cu"))
 SEEDS = [1, 2]  # besides 0, the order of the indices
@@ -39,8 +47,12 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("op", "reference"),
-    [(residual_add, residual_add_reference), (mlp_stack, mlp_stack_reference)],
-    ids=["residual_add", "mlp_stack"],
+    [
+        (residual_add, residual_add_reference),
+        (mlp_stack, mlp_stack_reference),
+        (mlp_stack_paths, mlp_stack_paths_reference),
+    ],
+    ids=["residual_add", "mlp_stack", "mlp_stack_paths"],
 )
 def test_results_are_right_and_the_same_in_every_order_of_the_threads(op, reference, seed) -> None:
     library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
@@ -70,6 +82,14 @@ def test_the_kernels_of_a_stack_can_be_chosen(route: str, used: str) -> None:  #
 
 
 @needs_fibers
+@pytest.mark.parametrize("memory", ["shared", "rows global", "global"])
+def test_the_rows_of_paths_are_tried_in(memory: str) -> None:
+    library = build.library(sources("mlp_stack_paths"), build.toolkit())
+    printed = run_in_its_own_process("mlp_stack_paths", library, {**os.environ})
+    assert f"paths_kernel, {memory}," in printed
+
+
+@needs_fibers
 def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
     library = build.library(sources("mlp_stack"), build.toolkit())
     environment = {**os.environ, "FASTRES_MLP_STACK": "fast"}
@@ -78,7 +98,7 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
 
 
 @needs_fibers
-@pytest.mark.parametrize("op", ["residual_add", "mlp_stack"])
+@pytest.mark.parametrize("op", ["residual_add", "mlp_stack", "mlp_stack_paths"])
 def test_kernels_stay_within_their_memory(op: str) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")

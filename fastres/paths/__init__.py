@@ -2,5 +2,6 @@
 
 from fastres.paths.gradients import path_gradients
 from fastres.paths.result import PathGradients
+from fastres.paths.stack import mlp_stack_paths
 
-__all__ = ["PathGradients", "path_gradients"]
+__all__ = ["PathGradients", "mlp_stack_paths", "path_gradients"]
