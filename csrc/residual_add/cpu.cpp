@@ -1,39 +1,13 @@
-// residual_add on the CPU: one pass over memory. A row is cut into segments, the unit of work of a
-// thread, and a segment into chunks, the unit of float32 summation. Segment sums are float64 and
-// joined in order, so that the result does not depend on the number of threads.
+// residual_add on the CPU: one pass over memory. Sums of a segment are float64 and joined in order,
+// so that the result does not depend on the number of threads.
 #include "cpu.h"
 
-#include "../common/tile.h"
+#include "../common/tile_rows.h"
 
 namespace fastres::residual_add::FASTRES_ISA {
 namespace {
 
 using namespace fastres::FASTRES_ISA;
-
-// 2048: a float32 lane then adds 64 products, and its rounding stays below 1e-6 of the sum.
-constexpr int64_t kChunk = 2048;
-
-// Adds up tile(c, n, partial) over the tiles of [0, size); partial is one of two accumulators,
-// because a single chain of additions would be bound by their latency. `fold` takes both at the end
-// of a chunk.
-template <class Partial, class OneTile, class Fold>
-FASTRES_HD void for_each_tile(int64_t size, const OneTile& tile, const Fold& fold) {
-  for (int64_t begin = 0; begin < size; begin += kChunk) {
-    const int64_t end = begin + kChunk < size ? begin + kChunk : size;
-    Partial even{}, odd{};
-    int64_t c = begin;
-    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
-      tile(c, kLanes, even);
-      tile(c + kLanes, kLanes, odd);
-    }
-    if (c + kLanes <= end) {
-      tile(c, kLanes, even);
-      c += kLanes;
-    }
-    if (c < end) tile(c, end - c, odd);
-    fold(even, odd);
-  }
-}
 
 // One segment of a row: where it begins in a [rows, cols] tensor and in the mask, and its length.
 struct Segment {

@@ -18,10 +18,8 @@ template <class Any> void launch(Any args, const Tensor& x) {
   on_stream_of(x, [&](void* stream) { launch_cuda(args, stream); });
 }
 #else
-// 32768: below it a second thread costs more than it brings.
 template <class Body> void for_tasks(int64_t rows, int64_t cols, const Body& body) {
-  const int64_t tasks = rows * segments_of(cols), task_size = cols < kSegment ? cols + 1 : kSegment;
-  torch::stable::parallel_for(0, tasks, ceil_div(32768, task_size), body);
+  torch::stable::parallel_for(0, rows * segments_of(cols), least_tasks(cols), body);
 }
 
 void launch(const Args& a) {
