@@ -67,3 +67,30 @@ def mlp_stack(
         TypeError: If a dtype is another.
         ValueError: If a shape, layout or activation is another.
     """
+
+def path_accumulate(
+    skip: Array | None,
+    branch: Array,
+    gradient: Array | None = None,
+    before: Array | None = None,
+    steps: NDArray[np.int32] | None = None,
+    tail: bool = False,
+) -> tuple[Array, NDArray[np.float32] | NDArray[np.float64]]:
+    """Shift rows by one path length and add them, rows[k] = skip[k] + 2^steps[k] branch[k-1].
+
+    Args:
+        skip: C-contiguous [R, B, ...], dtype of branch; 0 if None.
+        branch: C-contiguous [R, B, ...] with R >= 1, float64, float32 or float16.
+        gradient: [B, ...], dtype of branch, to measure rows*gradient; None: not measured.
+        before: What the row before the first brings, [B, ...], dtype of branch; 0 if None.
+        steps: [R]; 0 if None.
+        tail: Whether the last row also gets branch[R-1].
+
+    Returns:
+        The rows, like branch, and their sums of row*row and, with a gradient, row*gradient,
+        [1 or 2, R, B], float64 for float64 branch, else float32.
+
+    Raises:
+        TypeError: If a dtype is another.
+        ValueError: If a shape or layout is another.
+    """
