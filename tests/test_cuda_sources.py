@@ -17,6 +17,8 @@ from cuda_on_cpu import (
     mlp_stack_paths,
     mlp_stack_paths_reference,
     mlp_stack_reference,
+    path_accumulate,
+    path_accumulate_reference,
     residual_add,
     residual_add_reference,
 )
@@ -51,8 +53,9 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
         (residual_add, residual_add_reference),
         (mlp_stack, mlp_stack_reference),
         (mlp_stack_paths, mlp_stack_paths_reference),
+        (path_accumulate, path_accumulate_reference),
     ],
-    ids=["residual_add", "mlp_stack", "mlp_stack_paths"],
+    ids=["residual_add", "mlp_stack", "mlp_stack_paths", "path_accumulate"],
 )
 def test_results_are_right_and_the_same_in_every_order_of_the_threads(op, reference, seed) -> None:
     library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
@@ -98,7 +101,7 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
 
 
 @needs_fibers
-@pytest.mark.parametrize("op", ["residual_add", "mlp_stack", "mlp_stack_paths"])
+@pytest.mark.parametrize("op", ["residual_add", "mlp_stack", "mlp_stack_paths", "path_accumulate"])
 def test_kernels_stay_within_their_memory(op: str) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")
