@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def forward_variants(
     if device.type == "cuda":  # on a CPU it takes 3 to 5 times as long as the others
         found["eager bmm"] = Variant(lambda x, f: lambda: by_bmm(x, f), 7 * once)
     for name, mode, capturable in compile_modes(device, cached):
-        found[name] = Variant(_compiled(mode), 3 * once, capturable=capturable)
+        found[name] = Variant(compiled(in_float32, mode), 3 * once, capturable=capturable)
     return found
 
 
@@ -103,12 +104,14 @@ def compile_modes(device: torch.device, cached: bool) -> list[tuple[str, str, bo
     return found + [("compile reduce-overhead", "reduce-overhead", False)] * cached
 
 
-def _compiled(mode: str) -> Callable[..., Call]:
-    @cache  # one for all sets of buffers, and none before it is asked for
-    def compiled() -> Callable[..., Sums]:
-        return torch.compile(in_float32, fullgraph=True, dynamic=False, mode=mode)
+def compiled(way: Callable[..., Any], mode: str) -> Callable[..., Call]:
+    """Return what builds a call of `way` through torch.compile."""
 
-    return lambda x, f: partial(compiled(), x, f)
+    @cache  # one for all sets of buffers, and none before it is asked for
+    def made() -> Callable[..., Any]:
+        return torch.compile(way, fullgraph=True, dynamic=False, mode=mode)
+
+    return lambda *given: partial(made(), *given)
 
 
 def backward_variants(device: torch.device, dtype: torch.dtype, numel: int) -> dict[str, Variant]:

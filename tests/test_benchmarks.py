@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
-from benchmarks import limits, machine, mlp_stack, residual_add, results, tables
+from benchmarks import limits, machine, mlp_stack, path_accumulate, residual_add, results, tables
 from benchmarks import stack_baselines as others
 from benchmarks.case import OURS, Case, Protocol, Variant
 from benchmarks.clocks import UnavailableError, WallClock
@@ -283,6 +283,36 @@ def test_bytes_and_operations_of_a_stack_are_those_of_eager(train):
     assert counter.get_total_flops() == operations
     stream, weights = given[0].nbytes, sum(t.nbytes for t in given[1:5])
     assert moved == (3 * weights + 4 * stream if train else weights + 2 * stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_ways_to_step_along_a_path_compute_the_same(dtype):
+    skip, branch, g = path_accumulate.tensors((4, 3, 24), dtype, torch.device("cpu"))
+    rows, squares, dots = fastres.path_accumulate(skip, branch, g)
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
+    )
+    norms = path_accumulate.by_norms(skip.clone(), branch, g)()
+    einsum = path_accumulate.by_einsum(skip.clone(), branch, g)()
+    for found in (
+        (norms[0], norms[1].square(), norms[2]),
+        einsum,
+        path_accumulate.whole(skip, branch, g),
+    ):
+        assert torch.equal(found[0], rows)
+        torch.testing.assert_close(found[1].float(), squares, **tolerance)
+        torch.testing.assert_close(found[2].float(), dots, **tolerance)
+
+
+def test_a_step_along_a_path_is_measured_beside_every_baseline_that_needs_no_compiler():
+    report = smoke_of(path_accumulate)
+    assert report["not_measured"] == []
+    measured = {(row["case"], row["variant"]) for row in report["rows"] if not row["limit"]}
+    beside = {
+        "step": ("bare step", "eager norms", "eager einsum"),
+        "shift": ("eager largest", "eager norm"),
+    }
+    assert measured == {(name, way) for name, ways in beside.items() for way in (OURS, *ways)}
 
 
 def test_the_limit_of_reading_reads_the_bytes_of_the_case():
