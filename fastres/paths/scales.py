@@ -16,8 +16,10 @@ from torch import Tensor
 
 def largest_log2(rows: Tensor) -> list[float]:
     """Return log2 of the largest magnitude of each row, [rows, ...] -> [rows]; -inf for a zero."""
-    # 6 times as fast on a CPU as vector_norm of order inf, and no square underflows
-    largest = rows.abs().amax(dim=tuple(range(1, rows.dim()))).tolist()
+    if len(rows) == 1:  # one pass over memory, and not the three of abs and amax
+        largest = [max(abs(end.item()) for end in rows.aminmax())]
+    else:  # 6 times as fast on a CPU as vector_norm of order inf, and no square underflows
+        largest = rows.abs().amax(dim=tuple(range(1, rows.dim()))).tolist()
     return [math.log2(each) if each else -math.inf for each in largest]
 
 
