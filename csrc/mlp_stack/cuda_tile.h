@@ -2,6 +2,7 @@
 // registers: bias, activation, gate, residual and sums, and the same backwards. Used by the kernels
 // of one layer and of the whole stack.
 #pragma once
+#include "../common/activation.h"
 #include "../common/gpu_math.h"
 #include "../common/gpu_memory.h"
 #include "../common/gpu_product.h"

@@ -2,6 +2,7 @@
 // one multiprocessor; its 4 warps share out the k's of each product, so that few samples are
 // through a block soon.
 #pragma once
+#include "../common/activation.h"
 #include "cuda_product.h"
 
 namespace fastres::mlp_stack_paths {
