@@ -131,7 +131,7 @@ void launch_cuda(const Args& a, void* stream) {
   with_exact_element(a.shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Scratch<T> scratch(a.shape, a.scratch);
-    if (a.shape.blocks && a.shape.width && a.shape.hidden)
+    if (a.shape.blocks)
       find_slopes<T>(SlopesArgs<T>{a, scratch.slopes, scratch.slope_memory}, stream);
     find_paths<T>(PathsArgs<T>{a, scratch.slopes, scratch.rows, scratch.tile}, scratch.tile_needed,
                   stream);

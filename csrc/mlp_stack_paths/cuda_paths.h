@@ -2,82 +2,10 @@
 // they are, in shared memory if they fit; the weights pass by in a ring. Rows are taken in tiles
 // from the last on: what is added to a row comes of the one before it, which is still the old one.
 #pragma once
+#include "cuda_panels.h"
 #include "cuda_results.h"
-#include "cuda_slopes.h"
 
 namespace fastres::mlp_stack_paths {
-
-constexpr int kRowsOfThread = 4, kRowsOfWarp = 4 * kRowsOfThread;
-constexpr int kMostWarps = 8;  // a tile of 128 rows: each panel of weights is read half as often
-
-// Where things are. Rows in global memory where they do not fit, and there the tile as well where
-// it does not.
-enum class Memory { kShared, kRowsGlobal, kGlobal };
-
-template <class T> struct PathsLayout {
-  int64_t hidden_stride, slope_bytes, rows_bytes, tile_bytes;
-  int64_t tile, slopes, rows, shared_bytes;  // in shared memory: bytes before, and in all
-  FASTRES_HD PathsLayout(const Shape& s, int warps, Memory memory) {
-    hidden_stride = stride_of<T>(s.hidden);
-    slope_bytes = SlopeRow::of<T>(s).bytes;
-    rows_bytes = Rows<T>::bytes(s);
-    tile_bytes = warps * kRowsOfWarp * hidden_stride * int64_t(sizeof(T));
-    tile = kRingBytes;
-    slopes = tile + (memory == Memory::kGlobal ? 0 : tile_bytes);
-    rows = slopes + (memory == Memory::kGlobal ? 0 : 2 * slope_bytes);
-    shared_bytes = rows + (memory == Memory::kShared ? rows_bytes : 0);
-  }
-};
-
-template <class T> struct PathsArgs {
-  Args a;
-  const char* slopes;  // [L, B, slope_bytes]
-  char *rows, *tile;   // for each block of threads, where not in shared memory
-  __device__ __forceinline__ const char* slopes_of(int64_t block, int64_t sample,
-                                                   int64_t bytes) const {
-    return slopes + (block * a.shape.batch + sample) * bytes;
-  }
-};
-
-// Which panel comes next: of each block, from the last on, for each tile of rows those of W2, then
-// those of W1. With the first of a block its derivatives, where they go to shared memory.
-template <class T> struct PathPanels {
-  const PathsArgs<T>& given;
-  int64_t sample, slope_bytes;
-  char* slopes;  // [2, slope_bytes]; or null
-  int tile_rows;
-  int64_t block;  // -1: no more
-  int tile = -1;  // -1: the first of a block
-  bool second = false;
-  int64_t left = 0, k = 0;
-  __device__ __forceinline__ void operator()(char* slot) {
-    const Shape& s = given.a.shape;
-    const Weights& w = given.a.weights;
-    if (block < 0) return;
-    if (tile < 0) begin_block();
-    const int64_t rows = second ? s.hidden : s.width, cols = second ? s.width : s.hidden;
-    const T* data = at<T>(second ? w.w1 : w.w2, s.shared ? 0 : block * s.width * s.hidden);
-    gpu::fetch_panel<kColumns>(slot,
-                               gpu::Matrix<T>{data, rows, int(cols), gpu::is_packed(data, cols)},
-                               false, left, k, int(blockDim.x));
-    if ((k += kDepth<T>) < rows) return;
-    k = 0;
-    if ((left += kColumns) < cols) return;
-    left = 0;
-    second = !second;
-    if (second || --tile >= 0) return;
-    --block;
-  }
-  __device__ __forceinline__ void begin_block() {
-    const int64_t done = given.a.shape.blocks - 1 - block;
-    tile = (Places(given.a.shape).added_to(done) - 1) / tile_rows;
-    if (!slopes) return;
-    const char* from = given.slopes_of(block, sample, slope_bytes);
-    char* const to = slopes + done % 2 * slope_bytes;
-    for (int64_t i = 16 * threadIdx.x; i < slope_bytes; i += 16 * blockDim.x)
-      gpu::start_copy16(to + i, from + i, true);
-  }
-};
 
 // A tile of rows that are added to, of which a warp has kRowsOfWarp.
 template <class T> struct PathTile {
@@ -194,7 +122,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) paths_kernel(PathsArgs<T> 
                                                       : shared + layout.tile);
   char* const slopes = kMemory == Memory::kGlobal ? nullptr : shared + layout.slopes;
   const int tile_rows = int(blockDim.x) / 32 * kRowsOfWarp;
-  const int64_t blocks = s.width && s.hidden ? s.blocks : 0;  // without features they add nothing
 
   for (int64_t sample = blockIdx.x; sample < s.batch; sample += gridDim.x) {
     const auto gate_of = [&](int64_t block) {
@@ -204,11 +131,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) paths_kernel(PathsArgs<T> 
     };
     __syncthreads();  // the sample before this one is done
     rows.begin(at<T>(a.cotangent, sample * s.width), s.width);
-    PathPanels<T> panels{given, sample, layout.slope_bytes, slopes, tile_rows, blocks - 1};
+    PathPanels<T> panels{given, sample, layout.slope_bytes, slopes, tile_rows, s.blocks - 1};
     gpu::Ring<kSlots, PathPanels<T>> ring(shared, kSlotBytes, 0x7fffffff, panels);
-    T next_gate = blocks ? gate_of(blocks - 1) : T(1);
-    for (int64_t done = 0; done < blocks; ++done) {
-      const int64_t block = blocks - 1 - done;
+    T next_gate = s.blocks ? gate_of(s.blocks - 1) : T(1);
+    for (int64_t done = 0; done < s.blocks; ++done) {
+      const int64_t block = s.blocks - 1 - done;
       const T gate = next_gate;
       if (block > 0) next_gate = gate_of(block - 1);
       const char* const slope_row = kMemory == Memory::kGlobal

@@ -17,13 +17,13 @@ template <class T>
 __device__ __forceinline__ void write_norms(const Args& a, const Rows<T>& rows, const int* powers,
                                             int64_t sample, double (*of_warp)[2]) {
   const int count = int(a.shape.rows());
-  double squares[2] = {};
+  double squares[2] = {};  // as g is held: true ones may be beyond the range
   for (int64_t col = threadIdx.x; col < a.shape.width; col += blockDim.x) {
-    const double g = scaled(double(rows.at(0)[col]), -powers[0]);
+    const double g = rows.at(0)[col];
     double sum = 0;
     for (int row = 0; row < count; ++row) {
       const int place = rows.places.given(row);
-      sum += scaled(double(rows.at(place)[col]), -powers[place]);
+      sum += scaled(double(rows.at(place)[col]), powers[0] - powers[place]);
     }
     squares[0] += (sum - g) * (sum - g), squares[1] += g * g;
   }
@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_norms(const Args& a, const Rows<T>& rows, 
   if (threadIdx.x >= 2) return;
   double sum = 0;
   for (int warp = 0; warp < int(blockDim.x / 32); ++warp) sum += of_warp[warp][threadIdx.x];
-  a.norms[threadIdx.x * a.shape.batch + sample] = ::sqrt(sum);
+  a.norms[threadIdx.x * a.shape.batch + sample] = scaled(::sqrt(sum), -powers[0]);
 }
 
 // All results; a warp of each row. `shared`: of 16 bytes for each warp.

@@ -10,16 +10,10 @@ __device__ __forceinline__ double scaled(double v, int power) { return ::ldexp(v
 __device__ __forceinline__ int order(float v) { return ::ilogbf(v); }
 __device__ __forceinline__ int order(double v) { return ::ilogb(v); }
 
-// 2^power, within the range of T.
+// 2^power; beyond the range of T the largest one, so that 0 times it is 0.
 template <class T> __device__ __forceinline__ T power_of_two(int power) {
-  constexpr bool kDouble = sizeof(T) == 8;
-  constexpr int kMost = kDouble ? 1022 : 126, kShift = kDouble ? 52 : 23;
-  using Bits = std::conditional_t<kDouble, uint64_t, uint32_t>;
-  const int within = power > kMost ? kMost : power < -kMost ? -kMost : power;
-  const Bits bits = Bits(within + kMost + 1) << kShift;
-  T result;
-  memcpy(&result, &bits, sizeof result);
-  return result;
+  constexpr int kMost = sizeof(T) == 8 ? 1023 : 127;
+  return scaled(T(1), power < kMost ? power : kMost);
 }
 
 // Where the rows are: g, G_0, ... G_K, and with a tail R + G_K and R. Rows are added to in this
