@@ -135,7 +135,9 @@ class Runner:
         norms = np.stack([0 * g.sum(-1), sample_norm(g)])
         sums_error = sample_norm(rows_error.sum(0) + g_error)
         close("norms", got.norms, norms, np.stack([sums_error, sample_norm(g_error)]))
-        close("log2_norms", 2.0**got.log2_norms, sample_norm(rows), sample_norm(rows_error))
+        true = sample_norm(rows)
+        log2_error = 2.0**-52 * (64 + abs(case.lift)) * true
+        close("log2_norms", 2.0**got.log2_norms, true, sample_norm(rows_error) + log2_error)
         dots_error = rows_error * (np.abs(g) + g_error) + np.abs(rows) * g_error
         close("dots", got.dots, (rows * g).sum(-1), dots_error.sum(-1))
 
