@@ -109,6 +109,10 @@ def fused_stack(
     return y.view(x.shape), Stats(stats.sums.view(w1.size(0), 3, x.size(0), each).sum(3))
 
 
+def _is_autocast(x: Tensor) -> bool:  # of meta tensors torch raises an error where it is asked
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def stack(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "relu"
 ) -> Tensor:
@@ -127,6 +131,6 @@ def stack(
     Returns:
         The stream after the last block, [..., D].
     """
-    if x.dim() < 2 or not has_kernel(x) or torch.is_autocast_enabled(x.device.type):
+    if x.dim() < 2 or not has_kernel(x) or _is_autocast(x):
         return run_blocks(x, (w1, b1, w2, b2), None, w1.size(0), CODES[activation], add)
     return fused_stack(x, w1, b1, w2, b2, None, activation)[0]

@@ -88,6 +88,11 @@ def test_images_are_flattened():
     assert torch.equal(model(x), model(x.flatten(1)))
 
 
+def test_meta_tensors_give_shapes():
+    model = ResidualMLP(12, 4, width=8, blocks=2).to("meta")
+    assert model(torch.zeros(5, 12, device="meta")).shape == (5, 4)
+
+
 def test_an_empty_batch_gives_empty_logits():
     assert ResidualMLP(12, 4, width=8, blocks=2)(torch.zeros(0, 12)).shape == (0, 4)
 
