@@ -36,8 +36,9 @@ def mlp_stack(
     and all sums inside are float32, or float64 for float64.
 
     For the backward pass it keeps the stream before every block where D <= H, before every second
-    where D > H: never more than half of what the blocks one by one would keep. Derivatives of
-    derivatives, and those of torch.func, come from the plain composition.
+    where D > H, before fewer where weights are frozen: never more than half of what the blocks one
+    by one would keep, unless those are fewer than `checkpoint` keeps. Derivatives of derivatives,
+    and those of torch.func, come from the plain composition. Autocast changes nothing.
 
     Args:
         x: Stream, [B, D]; float64, float32, bfloat16 or float16.
@@ -91,7 +92,8 @@ def mlp_stack(
     elif underived:
         y, sums, states = FORWARD(*given, count, code, int(return_states), True, tf32)
     else:
-        every = 1 if return_states else _every(count, x.size(1), w1.size(1), checkpoint)
+        weights = given[1:5]
+        every = 1 if return_states else _every(x, weights, gates, activation, count, checkpoint)
         y, sums, states = _apply(*given, count, code, every, tf32, return_states)
     return (torch.cat([states, y[None]]) if return_states else y), Stats(sums)
 
@@ -129,15 +131,28 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _every(blocks: int, width: int, hidden: int, checkpoint: bool) -> int:
-    """Decide after how many blocks the next state is kept for the backward pass.
+def _every(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    gate: Tensor | None,
+    activation: str,
+    blocks: int,
+    checkpoint: bool,
+) -> int:
+    """Decide after how many blocks the next state, [B, D], is kept for the backward pass.
 
-    The blocks one by one keep D + H values per sample and block, or more: half of that is a state
-    per block where D <= H, and a state per two blocks where D > H.
+    A block by itself keeps its input for the gradient of w1, z or h = act(z) for those of act and
+    w2, and its branch for that of the gate. All states are half of that together, or less; but
+    never fewer than with checkpoints, where a segment takes as much memory as they do.
     """
-    if checkpoint:
-        return max(1, math.ceil(math.sqrt(blocks)))
-    return 1 if width <= hidden else 2
+    fewest = max(1, math.ceil(math.sqrt(blocks)))
+    w1, _, w2, _ = weights
+    inner = w2.requires_grad or activation != "identity"
+    outer = w1.requires_grad + (gate is not None and gate.requires_grad)
+    kept = w1.size(1) * inner + x.size(1) * outer
+    if checkpoint or kept == 0:
+        return fewest
+    return min(fewest, -(-2 * x.size(1) // kept))
 
 
 def _is_composed(underived: bool, weights: tuple[Tensor, ...]) -> bool:
