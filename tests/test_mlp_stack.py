@@ -264,6 +264,21 @@ def test_with_checkpoints_it_keeps_a_twentieth_of_what_eager_keeps(device, width
     assert bytes_kept(mlp_stack, args, checkpoint=True) <= bytes_kept(eager, args) / 20
 
 
+def test_autocast_rounds_no_derivative(device):
+    """Not that of the operator, nor those that the plain composition gives."""
+    args = [a.requires_grad_() for a in stack(5, 8, 16, 3, device=device)]
+    x, *weights = (a.detach() for a in args)
+    runs = []
+    for enabled in (True, False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            y, _ = mlp_stack(*args, None, "tanh")
+            (first,) = torch.autograd.grad(y.pow(2).sum(), args[0], create_graph=True)
+            forwards = torch.func.jvp(lambda v: mlp_stack(v, *weights)[0], (x,), (x,))
+        second = torch.autograd.grad(first.pow(2).sum(), args)
+        runs.append([y, first, *forwards, *second])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 class Calls(TorchDispatchMode):
     """The calls of the raw operators, and what they returned."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
@@ -69,6 +70,14 @@ def run_blocks(
     return x
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Keep autocast from rounding products where x is: the raw operators know nothing of it."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def composed(
     x: Tensor,
     w1: Tensor,
@@ -97,7 +106,8 @@ def composed(
         return add(x, p)
 
     weights = (w1.to(wide), b1.to(wide), w2.to(wide), b2.to(wide))
-    y = run_blocks(x.to(wide).contiguous(), weights, gate, blocks, activation, join)
+    with without_autocast(x):
+        y = run_blocks(x.to(wide).contiguous(), weights, gate, blocks, activation, join)
     measured = torch.stack(sums) if sums else x.new_empty((0, 3, x.size(0)), dtype=wide)
     kept = torch.stack(states) if states else x.new_empty((0, *x.shape) if every else (0,))
     return y.to(dtype), measured, kept

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastres.ops import native
 from fastres.ops.layout import accumulate
-from fastres.ops.mlp_stack_blocks import Outputs, composed
+from fastres.ops.mlp_stack_blocks import Outputs, composed, without_autocast
 
 FORWARD: Final = native.raw("_mlp_stack")
 BACKWARD: Final = native.raw("_mlp_stack_backward")
@@ -112,8 +112,9 @@ def _composed_backward(ctx: Any, gy: Tensor | None, gstates: Tensor | None) -> l
         torch.zeros_like(kept) if gstates is None else gstates,
     )
     grads: list[Tensor | None] = [None] * 6
-    for i, grad in zip(wanted, pull(cotangents), strict=True):
-        grads[i] = grad
+    with without_autocast(y):
+        for i, grad in zip(wanted, pull(cotangents), strict=True):
+            grads[i] = grad
     return grads
 
 
