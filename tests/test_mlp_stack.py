@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from contract import DTYPES, OpContract, Sample, leaves
@@ -530,6 +531,24 @@ def test_tf32_is_what_either_setting_of_torch_says():
         matmul.fp32_precision = before
     whole = torch.compile(lambda x: x + allows_tf32(), fullgraph=True, backend="eager")
     assert whole(torch.zeros(1)).item() == 0
+
+
+@pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
+def test_numpy_arrays_go_through_the_same_kernel():
+    args = stack(3, 20, 7, 4)
+    y, sums = native.C.mlp_stack(*(a.numpy() for a in args), "silu")
+    expected, stats = mlp_stack(*args, None, "silu")
+    assert torch.equal(torch.from_numpy(y), expected)
+    assert torch.equal(torch.from_numpy(sums), stats.sums)
+
+
+@pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
+@pytest.mark.parametrize(("width", "hidden"), [(0, 0), (4, 0), (0, 4)])
+def test_numpy_arrays_without_features_are_refused(width, hidden):
+    with pytest.raises(ValueError, match=r"mlp_stack: w1 must have sizes H, D >= 1, got \(2, "):
+        native.C.mlp_stack(*(np.zeros(s, np.float32) for s in (
+            (3, width), (2, hidden, width), (2, hidden), (2, width, hidden), (2, width),
+        )))  # fmt: skip
 
 
 def test_it_is_on_the_surface():

@@ -237,6 +237,9 @@ py::tuple on_arrays(const py::object& x_given, const py::object& w1_given,
     throw py::value_error(
         numpy::message(kName, "w1", "have shape [L, H, D] and x [B, D]", weights[0].attr("shape")));
   const int64_t blocks = weights[0].shape(0), hidden = weights[0].shape(1), width = x.shape(1);
+  if (hidden == 0 || width == 0)
+    throw py::value_error(
+        numpy::message(kName, "w1", "have sizes H, D >= 1", weights[0].attr("shape")));
   const std::vector<py::ssize_t> shapes[4] = {
       {blocks, hidden, width}, {blocks, hidden}, {blocks, width, hidden}, {blocks, width}};
   const char* const names[4] = {"w1", "b1", "w2", "b2"};
