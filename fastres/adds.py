@@ -20,6 +20,7 @@ ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
 )
 DECLARED: Final[frozenset[Callable[..., Any]]] = frozenset({add, residual_add})
 HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_stack})  # by a Listener
+INTO: Final[frozenset[Callable[..., Any]]] = frozenset({Tensor.add_, Tensor.__iadd__})
 STACKS: Final[Mapping[Callable[..., Any], inspect.Signature]] = {
     func: inspect.signature(func) for func in (fused_stack, mlp_stack)
 }
@@ -54,6 +55,21 @@ class Add(NamedTuple):
     def call(self) -> Any:
         """Run it as the model asked for it."""
         return self.func(*self.args, **self.kwargs)
+
+    def writes(self, side: int) -> bool:
+        """Tell whether the sum is written into this operand."""
+        return side == 0 and self.func in INTO
+
+    def replaced(self, side: int, t: Tensor) -> Add:
+        """Return the call with another tensor as this operand."""
+        operands, args, kwargs = list(self.operands), list(self.args), dict(self.kwargs)
+        operands[side] = t
+        if side < len(args):
+            args[side] = t
+        else:
+            names = [name for name in ("input", "x", "other", "f") if name in kwargs]
+            kwargs[names[side - len(args)]] = t
+        return Add(self.func, tuple(args), kwargs, (operands[0], operands[1]))
 
 
 def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Add | None:
@@ -139,6 +155,17 @@ class StackPolicy(Policy, Protocol):
 
     def stack(self, first: int, call: Stack) -> tuple[Tensor, Stats]:
         """Run a stack whose sites are `first`, first + 1, ...; return its result."""
+
+
+@runtime_checkable
+class ChangingPolicy(Policy, Protocol):
+    """A policy that changes what is added: it acts before the others, which see what it made."""
+
+    def begin(self) -> None:
+        """Note that a forward pass begins."""
+
+    def meet(self, site: int, owner: str) -> None:
+        """Learn, before a site runs in the first pass, in the forward of which module it is."""
 
 
 Event = tuple[int, int, bool]  # id of a module, number of its call in the pass, whether at its end

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 _push: Final[Callable[[Any], None]] = torch.overrides._push_mode
 _pop: Final[Callable[[], Any]] = torch.overrides._pop_mode
+_top: Final[Callable[[], Any]] = torch.overrides._get_current_function_mode
 
 
 class Hook:
@@ -37,11 +38,14 @@ class Idle:
 
 
 class Mode(TorchFunctionMode):
-    """Sends every torch function to a handler while it is on."""
+    """Sends every torch function to a handler while it is on.
 
-    def __init__(self, handle: Callable[..., Any]) -> None:
+    One that is `first` stays above all that are not, whichever is switched on later.
+    """
+
+    def __init__(self, handle: Callable[..., Any], first: bool = False) -> None:
         super().__init__()
-        self._handle = handle
+        self._handle, self._first = handle, first
         self._on = False
 
     def __torch_function__(
@@ -54,11 +58,13 @@ class Mode(TorchFunctionMode):
         if on == self._on:
             return
         self._on = on
-        if on:
-            _push(self)
-            return
         above = []
-        while (mode := _pop()) is not self:
-            above.append(mode)
+        if on:
+            while not self._first and isinstance(top := _top(), Mode) and top._first:
+                above.append(_pop())
+            _push(self)
+        else:
+            while (mode := _pop()) is not self:
+                above.append(mode)
         for mode in reversed(above):
             _push(mode)

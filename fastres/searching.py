@@ -16,6 +16,7 @@ from fastres.adds import (
     ADDS,
     DECLARED,
     HEARD,
+    ChangingPolicy,
     Event,
     Plan,
     Policy,
@@ -88,7 +89,8 @@ class Search:
         self._calls: Counter[int] = Counter()
         self._names = {id(model): type(model).__name__}
         self._weighted: set[int] = set()  # ids of the modules with parameters
-        self._mode = Mode(self._handle)
+        self._changing = policy if isinstance(policy, ChangingPolicy) else None
+        self._mode = Mode(self._handle, first=self._changing is not None)
         self._hooks: list[RemovableHandle] = []
         for name, module in _walk(model):
             if any(True for _ in module.parameters()):
@@ -165,6 +167,7 @@ class Search:
         else:
             index, skip = len(self._found), self._graph.version(call.operands[found.skip])
             window.entries[window.candidates] = (index, found.skip)
+            self._meet(name)
             out = self._policy.at(index, call, found.skip)
         window.candidates += call is not None
         window.declared &= call is None or call.func in HEARD
@@ -183,6 +186,7 @@ class Search:
         name = self._names[id(self._frames[-1].module)]
         read = list(tensors_in(list(stack.bound.arguments.values())))
         noted = self._graph.call(function_name(stack.func), read[1:])
+        self._meet(name, stack.blocks)
         out = self._policy.stack(len(self._found), stack)
         versions = self._graph.chain(noted, read, out, stack.blocks)
         for skip, version in pairwise(versions):
@@ -191,6 +195,11 @@ class Search:
             self._rule.note(version, skip)
             self._found.append((Found("identity", 0, frozenset()), version, name, stack.x.shape))
         return out
+
+    def _meet(self, owner: str, count: int = 1) -> None:
+        if self._changing is not None:
+            for site in range(len(self._found), len(self._found) + count):
+                self._changing.meet(site, owner)
 
     def stop(self) -> None:
         """Take everything off the model again."""

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fastres.adds import (
+    ChangingPolicy,
     Event,
     Plan,
     Policy,
@@ -51,7 +52,9 @@ class Watch:
         self._op, self._model, self._policy = op, model, policy
         self._stacks = policy if isinstance(policy, StackPolicy) else None
         self._search: Search | None = None
-        self._mode, self._listener = Mode(self._handle), Listener(self._handle)
+        self._changes = isinstance(policy, ChangingPolicy)
+        self._mode = Mode(self._handle, first=self._changes)
+        self._listener = Listener(self._handle)
         self._hooks: list[RemovableHandle] = []
         self._depth = 0  # calls of the model under way: more than one where it calls itself
         self._frame: FrameType | None = None  # of the outermost of them
@@ -98,6 +101,8 @@ class Watch:
             return
         if self._depth:
             self._forget()
+        if isinstance(self._policy, ChangingPolicy):
+            self._policy.begin()
         self._depth, self._frame, self._error = 1, sys._getframe(2), sys.exc_info()[1]
         if self.plan is None:
             self._search = Search(self._op, model, self._policy, (args, kwargs))
@@ -195,6 +200,7 @@ class Watch:
             self._window, self._candidate = self.plan.windows.get(event), 0
         window = self._window
         listens = window is not None and window.declared and bool(window.entries)
+        listens &= not self._changes  # or a mode above would hear of the add before it is changed
         self._listener.switch(listens)
         self._mode.switch(window is not None and not listens)
 
@@ -213,7 +219,7 @@ class Watch:
     def _handle_stack(self, stack: Stack) -> Any:
         if self._stacks is None:
             assert self._window is not None
-            with self._listener if self._window.declared else self._mode:
+            with self._listener if self._window.declared and not self._changes else self._mode:
                 return stack.separate()
         entry = self._step(stack.x.shape, stack.blocks)
         return stack.call() if entry is None else self._stacks.stack(entry[0], stack)

@@ -92,21 +92,11 @@ class Marks:
         return out
 
     def _mark(self, call: Add, site: int, side: int, branch: bool) -> Add:
-        t = call.operands[side]
         # `f += x` changes f itself: there the mark must be put on f, and not on a view of it
-        dirty = side == 0 and call.func in _INTO
-        marked = _Mark.apply(t, self, site, branch, dirty)  # type: ignore[no-untyped-call]
-        if dirty:
-            return call
-        operands = list(call.operands)
-        operands[side] = marked
-        args, kwargs = list(call.args), dict(call.kwargs)
-        if side < len(args):
-            args[side] = marked
-        else:
-            names = [name for name in ("input", "x", "other", "f") if name in kwargs]
-            kwargs[names[side - len(args)]] = marked
-        return Add(call.func, tuple(args), kwargs, (operands[0], operands[1]))
+        dirty = call.writes(side)
+        t = call.operands[side]
+        marked: Tensor = _Mark.apply(t, self, site, branch, dirty)  # type: ignore[no-untyped-call]
+        return call if dirty else call.replaced(side, marked)
 
     def passed(self, sites: list[Site]) -> None:
         """Learn which sites there were (called by Watch)."""
@@ -141,9 +131,6 @@ class Marks:
     def clear(self) -> None:
         """Let go of the graph, which holds the marks that hold this."""
         self.blocks, self.rule = {}, _pass_on
-
-
-_INTO = frozenset({Tensor.add_, Tensor.__iadd__})
 
 
 def _pass_on(site: int, branch: bool, g: Tensor) -> Tensor | None:
