@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fastres.ops import Stats, mlp_stack
 from fastres.ops.mlp_stack_blocks import CODES, run_blocks
 from fastres.ops.mlp_stack_rules import has_kernel
+from fastres.ops.stack_inputs import check_gate, expanded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,7 +115,13 @@ def _is_autocast(x: Tensor) -> bool:  # of meta tensors torch raises an error wh
 
 
 def stack(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "relu"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: str = "relu",
+    gate: float | Tensor | None = None,
 ) -> Tensor:
     """Run a stack of residual blocks, and declare its adds: one `mlp_stack` where that has kernels.
 
@@ -127,10 +134,16 @@ def stack(
         w2: Second weights, [L, D, H].
         b2: Second biases, [L, D].
         activation: One that `mlp_stack` knows.
+        gate: Scale of the branches: a number, or a tensor [], [L] or [L, B]; None: 1.
 
     Returns:
         The stream after the last block, [..., D].
     """
     if x.dim() < 2 or not has_kernel(x) or _is_autocast(x):
-        return run_blocks(x, (w1, b1, w2, b2), None, w1.size(0), CODES[activation], add)
-    return fused_stack(x, w1, b1, w2, b2, None, activation)[0]
+        blocks = w1.size(0)
+        if gate is not None:
+            check_gate("stack", gate, x, blocks)
+        gates = expanded(gate, x, blocks)
+        gates = None if gates is None else gates.to(x.dtype)
+        return run_blocks(x, (w1, b1, w2, b2), gates, blocks, CODES[activation], add)
+    return fused_stack(x, w1, b1, w2, b2, gate, activation)[0]

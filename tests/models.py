@@ -126,7 +126,8 @@ def residual_mlp(width: int = 8, blocks: int = 3) -> nn.Sequential:
 class Blocks(ResidualStack):
     """A ResidualStack whose blocks are separate operations."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: None = None) -> Tensor:
+        assert gates is None
         weights = (self.w1, self.b1, self.w2, self.b2)
         return run_blocks(x, weights, None, self.blocks, CODES[self.activation], add)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import stacks
 
+from fastres import declaring
 from fastres.nn import ResidualMLP, ResidualStack
 from fastres.ops import native
 from fastres.training import Recipe, Stepper
@@ -187,3 +188,30 @@ def test_a_wrong_argument_is_named_with_its_rule_and_value(change, error, messag
 def test_samples_of_another_size_are_refused(shape):
     with pytest.raises(ValueError, match="ResidualMLP: x must have 12 features per sample, got"):
         ResidualMLP(12, 4, width=8, blocks=2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gates_as_an_input_scale_the_branches(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(declaring, "has_kernel", lambda _: False)
+    torch.manual_seed(0)
+    model, x = ResidualMLP(4, 3, width=8, blocks=3), torch.randn(5, 4)
+    by = torch.tensor([0.0, 0.5, 2.0])
+    want = model.input(x)
+    for block, scale in enumerate(by):
+        alone = ResidualStack(8, 1)
+        for name, weight in model.stack.named_parameters():
+            getattr(alone, name).data = weight[block : block + 1].data
+        want = want + scale * (alone(want) - want)
+    torch.testing.assert_close(model(x, by), model.head(want), rtol=1e-5, atol=1e-6)
+    each = by[:, None].expand(3, 5).contiguous()
+    torch.testing.assert_close(model(x, each), model(x, by))
+    torch.testing.assert_close(model(x, 0.0), model.head(model.input(x)))
+    assert torch.equal(model(x, torch.ones(3)), model(x))
+    leaf = by.clone().requires_grad_()
+    model(x, leaf).sum().backward()
+    assert leaf.grad.abs().min() > 0
+    with pytest.raises(
+        ValueError, match=r"gate must have shape \[\], \[3\] or \[3, 5\], got \[4\]"
+    ):
+        model(x, torch.ones(4))

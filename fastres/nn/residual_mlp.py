@@ -78,9 +78,12 @@ class ResidualStack(nn.Module):
         nn.init.zeros_(self.b1)
         nn.init.zeros_(self.b2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run all blocks: x [..., D] -> [..., D]."""
-        return stack(x, self.w1, self.b1, self.w2, self.b2, self.activation)
+    def forward(self, x: Tensor, gates: float | Tensor | None = None) -> Tensor:
+        """Run all blocks: x [B, ..., D] -> [B, ..., D].
+
+        Gates scale the branches: a number, or a tensor [], [L] or [L, B]; None: 1.
+        """
+        return stack(x, self.w1, self.b1, self.w2, self.b2, self.activation, gates)
 
     def extra_repr(self) -> str:
         """Describe the stack in print(model)."""
@@ -145,15 +148,18 @@ class ResidualMLP(nn.Module):
             nn.init.zeros_(layer.bias)
         self.stack.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify x [B, ...], flattened to [B, in_features]: logits [B, classes]."""
+    def forward(self, x: Tensor, gates: float | Tensor | None = None) -> Tensor:
+        """Classify x [B, ...], flattened to [B, in_features]: logits [B, classes].
+
+        Gates scale the branches: a number, or a tensor [], [L] or [L, B]; None: 1.
+        """
         features = math.prod(x.shape[1:])
         if x.dim() < 2 or features != self.in_features:
             raise ValueError(
                 f"ResidualMLP: x must have {self.in_features} features per sample, "
                 f"got shape {list(x.shape)}"
             )
-        stream = self.stack(self.input(x.flatten(1)))  # [B, D]
+        stream = self.stack(self.input(x.flatten(1)), gates)  # [B, D]
         logits: Tensor = self.head(stream)
         return logits
 

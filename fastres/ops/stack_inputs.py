@@ -66,10 +66,10 @@ def check_stack(
         rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
         raise ValueError(f"{op}: blocks must be {rule}, got {blocks}")
     if gate is not None:
-        _check_gate(op, gate, x, sets if blocks is None else blocks)
+        check_gate(op, gate, x, sets if blocks is None else blocks)
 
 
-def _check_gate(op: str, gate: float | Tensor, x: Tensor, blocks: int) -> None:
+def check_gate(op: str, gate: float | Tensor, x: Tensor, blocks: int) -> None:
     """Raise the error that names the gate, if it is wrong."""
     if not isinstance(gate, Tensor):
         if not isinstance(gate, Real):
