@@ -1,16 +1,19 @@
 """fastres: residual networks, observed inside the kernels that add the branch to the stream."""
 
 from fastres import nn
+from fastres.gates import Gates, gate
 from fastres.ops import Stats, mlp_stack, path_accumulate, residual_add
 from fastres.paths import PathGradients, mlp_stack_paths, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
 
 __all__ = [
+    "Gates",
     "PathGradients",
     "Site",
     "Stats",
     "Tape",
+    "gate",
     "mlp_stack",
     "mlp_stack_paths",
     "nn",
