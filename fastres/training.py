@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fastres.data import Data
+from fastres.gates import GatesLike, gate
 from fastres.progress import bar
 
 
@@ -73,6 +74,7 @@ def train(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    gates: GatesLike | None = None,
     progress: str | None = None,
 ) -> History:
     """Train a classifier in place on the training half of a data set.
@@ -85,6 +87,7 @@ def train(
         recipe: How; Recipe() if None.
         seed: Of the order of the minibatches, an own generator.
         device: Where to train.
+        gates: Scale the branches in every step, as `fastres.gate` does; None: nothing is scaled.
         progress: Label of a progress bar on stderr; None for no bar.
 
     Returns:
@@ -104,7 +107,8 @@ def train(
     step = Stepper(model, recipe, recipe.epochs * batches)
     order = torch.Generator().manual_seed(seed)
     losses, start = [], time.perf_counter()
-    with bar(progress, recipe.epochs * batches) as shown:
+    gated = nullcontext() if gates is None else gate(model, gates)
+    with gated, bar(progress, recipe.epochs * batches) as shown:
         for epoch in range(recipe.epochs):
             total = torch.zeros((), device=x.device)
             shuffled = torch.randperm(count, generator=order).to(x.device)  # drawn on the CPU
