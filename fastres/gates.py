@@ -90,6 +90,11 @@ class Gates:
         self._names: list[tuple[str, ...]] = []  # site -> what it may be called
         self._met: Counter[str] = Counter()
 
+    @property
+    def met(self) -> int:
+        """How many sites the first pass has met so far."""
+        return len(self._names)
+
     def begin(self) -> None:
         """Ask for the gates of the pass that begins (called by Watch)."""
         if callable(self._gates):

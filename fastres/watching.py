@@ -49,6 +49,7 @@ class Watch:
             if is_lazy(tensor):
                 raise ValueError(f"{op}: model must be initialized, got lazy parameter '{name}'")
         self.plan: Plan | None = None
+        self.replayed: frozenset[int] = frozenset()  # sites that do not run, see fastres.replaying
         self._op, self._model, self._policy = op, model, policy
         self._stacks = policy if isinstance(policy, StackPolicy) else None
         self._search: Search | None = None
@@ -129,6 +130,7 @@ class Watch:
         else:
             assert self.plan is not None
             self._leave(model, args, out)
+            self._skip()
             if self._next < len(self.plan.sites):
                 self._fail(self._next, "none")
             self._off()
@@ -181,6 +183,7 @@ class Watch:
             return
         while (event := self._running.pop())[0] != id(module):
             pass  # it ended with a KeyboardInterrupt, which the model caught
+        self._window = None  # left open where the module was replayed
         self._pass((*event[:2], True))
 
     def _refuse(self, module: nn.Module, args: Any) -> None:
@@ -235,12 +238,17 @@ class Watch:
         if entry is None:
             return None
         index, site = entry[0], self.plan.sites[entry[0]].shape
+        self._skip()
         if index != self._next:
             self._fail(self._next, "none")
         if len(shape) != len(site) or (self._fixed and shape[1:] != site[1:]):
             self._fail(index, str(list(shape)))
         self._next += count
         return entry
+
+    def _skip(self) -> None:
+        while self._next in self.replayed:
+            self._next += 1
 
     def _fail(self, index: int, got: str) -> None:
         assert self.plan is not None
