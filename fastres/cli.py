@@ -135,6 +135,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     _add_paths(
         names.add_parser("paths", help="the gradient of a ResNet by path length (Veit 2016)")
     )
+    _add_veit(names.add_parser("veit", help="a ResNet with blocks deleted and moved (Veit 2016)"))
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +170,38 @@ def _paths(arguments: argparse.Namespace) -> int:
         fresh=arguments.fresh,
     )
     return _ended(paths.run(options).interrupted)
+
+
+def _add_veit(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Delete blocks of a pretrained ResNet for CIFAR-10, one, several, and in other orders, and "
+        "compare with what the paper says. Parts that an earlier run with the same arguments has "
+        "finished are kept."
+    )
+    option = parser.add_argument
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--depth", type=int, default=56, help="layers of the network, 20 or 56 (56)")
+    option("--images", type=int, default=1000, help="how many test images (1000)")
+    option("--draws", type=int, default=5, help="random lesions of each size (5)")
+    option("--seed", type=int, default=0, help="of the lesions (0)")
+    option("--out", type=Path, default=Path("fastres-veit"), help="folder (fastres-veit)")
+    option("--fresh", action="store_true", help="measure finished parts again")
+    parser.set_defaults(run=_veit)
+
+
+def _veit(arguments: argparse.Namespace) -> int:
+    from fastres.studies import veit
+
+    options = veit.Options(
+        data_root=arguments.data_root,
+        depth=arguments.depth,
+        images=arguments.images,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        out=arguments.out,
+        fresh=arguments.fresh,
+    )
+    return _ended(veit.run(options).interrupted)
 
 
 def _ended(interrupted: bool) -> int:

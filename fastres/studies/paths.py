@@ -145,7 +145,7 @@ def prepare(options: Options) -> Study:
     weights = find_folder("paths", options.data_root) / "pretrained" / FILES[options.depth]
     network = trained(options.depth, weights)
     (train, _), (test, labels) = read("cifar10", options.data_root)
-    some, x = _normalised(train[:NORMALISED]), _normalised(test[: options.images])
+    some, x = normalised(train[:NORMALISED]), normalised(test[: options.images])
     y = torch.from_numpy(labels[: options.images]).long()
     crc = zlib.crc32(weights.read_bytes())
     for tensor in (some, x, y):
@@ -154,7 +154,8 @@ def prepare(options: Options) -> Study:
     return Study(dict(zip(NETWORKS, networks, strict=True)), x, y, f"{crc:08x}")
 
 
-def _normalised(images: Bytes) -> Tensor:
+def normalised(images: Bytes) -> Tensor:
+    """Scale images [N, 3, 32, 32] as those were that the public weights were trained with."""
     mean, scale = (torch.tensor(v)[:, None, None] for v in (MEAN, SCALE))
     return torch.from_numpy(images).float().div_(255).sub_(mean).div_(scale)
 
