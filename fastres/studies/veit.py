@@ -24,8 +24,8 @@ from fastres.studies.veit_plots import figure
 from fastres.studies.veit_report import Part, finished, part_of, rows_of, save, text
 
 CALIBRATING: Final = 512  # training images that give batch norm new statistics
-SEVERAL: Final = {20: (2, 3, 4, 5, 6), 56: (2, 3, 4, 5, 6, 8, 10, 12, 14)}
-SWAPS: Final = {20: (1, 2, 3, 4, 6, 8), 56: (1, 2, 3, 4, 6, 8, 12, 16)}
+SEVERAL: Final = {20: (2, 3, 4, 5, 6), 56: (2, 3, 4, 5, 7, 10, 14)}
+SWAPS: Final = {20: (1, 2, 3, 4, 6, 8), 56: (1, 2, 4, 8, 16)}
 RECALIBRATED: Final = {20: 3, 56: 10}  # how many are deleted
 
 
@@ -36,7 +36,7 @@ class Options:
     data_root: str | None = None
     depth: int = 56  # layers
     images: int = 1000  # of the test batch
-    draws: int = 5  # lesions of each size, orders of each number of swaps
+    draws: int = 3  # lesions of each size, orders of each number of swaps
     seed: int = 0
     out: Path = Path("fastres-veit")
     fresh: bool = False  # do not take over parts that an earlier run has finished
@@ -122,9 +122,13 @@ def _present(parts: list[Part], out: Path, say: Callable[[str], None]) -> None:
 def prepare(options: Options) -> Study:
     """Load weights and images, and find the blocks."""
     weights = find_folder("veit", options.data_root) / "pretrained" / FILES[options.depth]
-    network = trained(options.depth, weights)
+    fast = torch.channels_last  # a quarter less time than contiguous ones
+    network = trained(options.depth, weights).to(memory_format=fast)  # type: ignore[call-overload]
     (train, _), (test, labels) = read("cifar10", options.data_root)
-    x, some = normalised(test[: options.images]), normalised(train[:CALIBRATING])
+    x, some = (
+        normalised(part).contiguous(memory_format=fast)
+        for part in (test[: options.images], train[:CALIBRATING])
+    )
     y = torch.from_numpy(labels[: options.images]).long()
     crc = zlib.crc32(weights.read_bytes())
     for tensor in (x, y, some):
