@@ -135,6 +135,9 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     _add_paths(
         names.add_parser("paths", help="the gradient of a ResNet by path length (Veit 2016)")
     )
+    _add_littwin_wolf(
+        names.add_parser("littwin-wolf", help="do path lengths grow in training? (Littwin 2016)")
+    )
     _add_veit(names.add_parser("veit", help="a ResNet with blocks deleted and moved (Veit 2016)"))
 
 
@@ -182,7 +185,7 @@ def _add_veit(parser: argparse.ArgumentParser) -> None:
     option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
     option("--depth", type=int, default=56, help="layers of the network, 20 or 56 (56)")
     option("--images", type=int, default=1000, help="how many test images (1000)")
-    option("--draws", type=int, default=5, help="random lesions of each size (5)")
+    option("--draws", type=int, default=3, help="random lesions of each size (3)")
     option("--seed", type=int, default=0, help="of the lesions (0)")
     option("--out", type=Path, default=Path("fastres-veit"), help="folder (fastres-veit)")
     option("--fresh", action="store_true", help="measure finished parts again")
@@ -202,6 +205,34 @@ def _veit(arguments: argparse.Namespace) -> int:
         fresh=arguments.fresh,
     )
     return _ended(veit.run(options).interrupted)
+
+
+def _add_littwin_wolf(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train the toy of the paper, with batch norm and without, and follow scales, norms and "
+        "path lengths. Trainings that an earlier run with the same arguments has finished are kept."
+    )
+    option = parser.add_argument
+    option("--epochs", type=int, default=10, help="of SGD on batches of 50 (10)")
+    option("--lr", type=float, default=0.05, help="learning rate (0.05)")
+    option("--seeds", type=int, default=3, help="trainings of each network (3)")
+    out = Path("fastres-littwin-wolf")
+    option("--out", type=Path, default=out, help="folder (fastres-littwin-wolf)")
+    option("--fresh", action="store_true", help="train again what is finished")
+    parser.set_defaults(run=_littwin_wolf)
+
+
+def _littwin_wolf(arguments: argparse.Namespace) -> int:
+    from fastres.studies import littwin_wolf
+
+    options = littwin_wolf.Options(
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        seeds=arguments.seeds,
+        out=arguments.out,
+        fresh=arguments.fresh,
+    )
+    return _ended(littwin_wolf.run(options).interrupted)
 
 
 def _ended(interrupted: bool) -> int:
