@@ -24,9 +24,20 @@ from fastres.studies.veit_plots import figure
 from fastres.studies.veit_report import Part, finished, part_of, rows_of, save, text
 
 CALIBRATING: Final = 512  # training images that give batch norm new statistics
-SEVERAL: Final = {20: (2, 3, 4, 5, 6), 56: (2, 3, 4, 5, 7, 10, 14)}
-SWAPS: Final = {20: (1, 2, 3, 4, 6, 8), 56: (1, 2, 4, 8, 16)}
-RECALIBRATED: Final = {20: 3, 56: 10}  # how many are deleted
+# What is done, and to how many blocks: first a little of everything, then what lies between.
+PLANS: Final = {
+    20: (
+        ("single", 1),
+        *(("several", 2), ("order", 2), ("recalibrated", 2), ("several", 4)),
+        *(("order", 4), ("several", 3), ("order", 1)),
+    ),
+    56: (
+        ("single", 1),
+        *(("several", 5), ("order", 4), ("several", 10), ("order", 16), ("several", 2)),
+        *(("order", 1), ("recalibrated", 5), ("several", 14), ("order", 8), ("several", 3)),
+        *(("order", 2), ("several", 7)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
     if parts:
         say(f"finished before, in {options.out}: {len(parts)} parts (--fresh starts over)")
     known = {(part.kind, part.number) for part in parts}
-    left = [each for each in planned(options) if each not in known]
+    left = [each for each in PLANS[options.depth] if each not in known]
     interrupted = False
     try:
         with bar("parts" if left else None, len(left), unit="part") as shown:
@@ -134,17 +145,6 @@ def prepare(options: Options) -> Study:
     for tensor in (x, y, some):
         crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
     return Study(network, tuple(trace(network, x[:1])), x, y, some, f"{crc:08x}")
-
-
-def planned(options: Options) -> list[tuple[str, int]]:
-    """List the parts of the study: what is done, and with how many blocks."""
-    depth = options.depth
-    return [
-        ("single", 1),
-        *(("several", size) for size in SEVERAL[depth]),
-        *(("order", swaps) for swaps in SWAPS[depth]),
-        ("recalibrated", RECALIBRATED[depth]),
-    ]
 
 
 def measure(kind: str, number: int, study: Study, options: Options) -> Part:
