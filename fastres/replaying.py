@@ -68,17 +68,19 @@ class Unit:
 class Replay:
     """Lets the modules of a model be replayed, for the length of a `with` block.
 
-    Units are the modules that own a site, where they are nested the outermost, and the largest
-    modules that own none.
+    Units are the modules that own a site, and the largest modules that own none, so that the
+    branch of a block that differs only in its gate does not run again either.
 
     Args:
         model: In eval mode, so that equal inputs give equal outputs.
         owners: Names of the modules whose forward contains a site.
+        within: Whether modules inside of owners are units too: not where owners change places.
     """
 
-    def __init__(self, model: nn.Module, owners: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, owners: Collection[str], within: bool = True) -> None:
         self.units: list[Unit] = []  # after the first pass, in the order in which they end
-        self._found = {id(unit.module): unit for unit in map(Unit, _outermost(model, set(owners)))}
+        units = [Unit(module) for module in _units(model, set(owners), within)]
+        self._found = {id(unit.module): unit for unit in units}
         self._own: list[Unit] = []  # whose module had a forward of its own
 
     def __enter__(self) -> Self:
@@ -134,7 +136,7 @@ class Replay:
             unit.clear()
 
 
-def _outermost(model: nn.Module, owners: set[str]) -> Iterator[nn.Module]:
+def _units(model: nn.Module, owners: set[str], within: bool) -> Iterator[nn.Module]:
     """Yield the modules that are units; a module under two names once."""
     seen: set[int] = set()
 
@@ -147,7 +149,7 @@ def _outermost(model: nn.Module, owners: set[str]) -> Iterator[nn.Module]:
             if path in owners or not inside:
                 seen.add(id(child))
                 yield child
-            else:
+            if (path in owners and within) or (path not in owners and inside):
                 yield from walk(child, path)
 
     yield from walk(model, "")

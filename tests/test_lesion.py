@@ -131,11 +131,11 @@ def test_modules_before_the_lesion_do_not_run_again():
     model, x, names = built("mlp")
     runs: list[str] = []
     for name in names:
-        branch = model.get_submodule(name).branch
-        branch.register_forward_pre_hook(lambda *_, name=name: runs.append(name) and None)
+        inner = model.get_submodule(name).branch[0]
+        inner.register_forward_pre_hook(lambda *_, name=name: runs.append(name) and None)
     delete(model, x, torch.zeros(5), [("1",), ("2",), ("3",)], score=first)
     whole = ["1", "2", "3"]  # trace, the first pass, without a lesion
-    assert runs == [*whole, *whole, *whole, "3", "2", "3", "1", "2", "3"]
+    assert runs == [*whole, *whole, *whole, "3", "2", "3"]  # of "1" and "2" the blocks after them
 
 
 def test_intervals_are_of_the_paired_difference():
@@ -277,6 +277,11 @@ def test_blocks_that_cannot_be_moved_are_told():
         reorder(model, x, y, [[1, 0, 2, 3, 4]])
     with pytest.raises(ValueError, match=r"blocks of one shape, got '3' \[8, 4, 4\] in the place"):
         reorder(model, x, y, [[2, 1, 0, 3, 4]])
+    model, x, names = built("nested")
+    assert names == ["1.branch.1", "1.branch.2", "1", "2"]
+    for order in ([1, 0, 2, 3], [0, 1, 3, 2]):  # within a branch, and a block that has blocks
+        with pytest.raises(ValueError, match=r"blocks that are modules of their own, got '1"):
+            reorder(model, x, torch.zeros(5), [order])
     model, x, _ = built("stack")
     with pytest.raises(ValueError, match=r"modules of their own, got 'stack\[0\]'"):
         reorder(model, x, torch.zeros(5), [[1, 0, 2, 3]])

@@ -40,7 +40,7 @@ def delete(
     sets: Sequence[LesionLike] | None = None,
     *,
     score: Score = wrong,
-    batch_size: int = 250,
+    batch_size: int = 100,
     copies: int = 1,
     recalibrate: Tensor | None = None,
     progress: str | None = None,
@@ -54,7 +54,7 @@ def delete(
         sets: Sets of site names, each one lesion; a mapping gives its sites other gates than 0.
             None: each site alone.
         score: Outputs [B, ...] and y [B, ...] -> a value per sample, [B].
-        batch_size: Samples per pass; bounds the memory, which holds the output of every block.
+        batch_size: Samples per pass; bounds the memory, which holds the output of every module.
         copies: How many lesions are evaluated in one pass, by gates per sample. More than 1 is for
             models that are one fused stack, whose blocks share no prefix.
         recalibrate: Inputs [M, ...] from which batch norm takes new statistics after each lesion,

@@ -27,7 +27,7 @@ def reorder(
     orders: Sequence[Sequence[int]],
     *,
     score: Score = wrong,
-    batch_size: int = 250,
+    batch_size: int = 100,
     progress: str | None = None,
 ) -> Reorderings:
     """Evaluate a model with its blocks in other orders, in eval mode.
@@ -41,7 +41,7 @@ def reorder(
         y: What the score compares with, [N, ...].
         orders: Each says which block stands at each place, by number: [sites].
         score: Outputs [B, ...] and y [B, ...] -> a value per sample, [B].
-        batch_size: Samples per pass; bounds the memory, which holds the output of every block.
+        batch_size: Samples per pass; bounds the memory, which holds the output of every module.
         progress: Label of a progress bar on stderr; None for no bar.
 
     Returns:
@@ -60,8 +60,12 @@ def reorder(
         every = [tuple(range(len(sites))), *given]
         values = torch.empty(len(every), len(x))
         owners = {site.name.partition("[")[0] for site in sites}
-        with Replay(model, owners) as replay, bar(progress, values.numel(), unit="image") as shown:
+        with (
+            Replay(model, owners, within=False) as replay,
+            bar(progress, values.numel(), unit="image") as shown,
+        ):
             places = _places(model, sites, replay, x)
+            _check_places(given, sites, places)
             for start in range(0, len(x), batch_size):
                 part = slice(start, start + batch_size)
                 replay.clear()
@@ -72,8 +76,9 @@ def reorder(
                     if last:
                         replay.up_to(same)
                     for place, block in enumerate(new):
-                        if (unit := places[place]) is not None:
-                            unit.source = places[block] or unit
+                        here, there = places[place], places[block]
+                        if here is not None and there is not None:
+                            here.source = there
                     last = new
                     values[i, part] = score(model(x[part]), y[part]).float().cpu()
                     shown.update(len(x[part]))
@@ -153,8 +158,15 @@ def _check_order(order: tuple[int, ...], sites: Sequence[Site]) -> None:
                 f"reorder: orders must swap blocks of one shape, got {there.name!r} "
                 f"{[*there.shape[1:]]} in the place of {here.name!r} {[*here.shape[1:]]}"
             )
-        if "[" in here.name or "[" in there.name:
-            shared = here.name if "[" in here.name else there.name
-            raise ValueError(
-                f"reorder: orders must move blocks that are modules of their own, got {shared!r}"
-            )
+
+
+def _check_places(
+    orders: Sequence[tuple[int, ...]], sites: Sequence[Site], places: Sequence[Unit | None]
+) -> None:
+    for order in orders:
+        for place, block in enumerate(order):
+            if place != block and places[place] is None:
+                raise ValueError(
+                    "reorder: orders must move blocks that are modules of their own, "
+                    f"got {sites[place].name!r}"
+                )
