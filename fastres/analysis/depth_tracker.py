@@ -5,7 +5,7 @@ They find that training raises the scale of the branches, and so the weight of l
 
     scale   mean |weight| of the block's last batch norm
     kernel  root of the summed squares of its layers with their batch norms absorbed
-    gain    mean ||branch|| / ||skip||, which stands for b in the weights of path lengths
+    gain    root of sum ||branch||^2 / sum ||skip||^2 over the samples: the b of path lengths
 
 The gains give the lengths that the ensemble implies, by elementary symmetric polynomials; beside
 them stands, at chosen steps, how the gradient itself divides by length.
@@ -113,11 +113,11 @@ class DepthTracker:
             raise ValueError("DepthTracker: loss must be given to measure exact lengths, got None")
         found = None
         with evaluating(self._model):
-            with torch.no_grad(), record(self._model) as tape:
+            with torch.no_grad(), record(self._model, per_sample=True) as tape:
                 self._model(self._x)
             if exact and self._loss is not None:
                 found = path_gradients(self._model, self._x, self._loss).shares.numpy()
-        gain = tape.scaled.numpy()
+        gain = (tape.branch_sq.double().sum(1) / tape.skip_sq.double().sum(1)).sqrt().numpy()
         row = Depth(
             step=step,
             scale=self._per_block(self._scale),
