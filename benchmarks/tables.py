@@ -1,10 +1,10 @@
 """tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
-every case, else only those that the benchmark calls headline. `<!-- table: demo -->` and
-`<!-- table: paths -->` have what demo and study printed, from docs/demo/report.json and
-docs/paths/report.json. Run `python -m benchmarks.tables` to rewrite them, with `--check` to fail
-where one is not up to date.
+every case, else only those that the benchmark calls headline. `<!-- table: demo -->`, and those
+named after a study, have what was printed, from docs/demo/report.json, docs/paths/report.json and
+so on. Run `python -m benchmarks.tables` to rewrite them, with `--check` to fail where one is not
+up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import demo_report, paths_report
+from fastres.studies import demo_report, paths_report, veit_report
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -131,7 +131,18 @@ def paths() -> str:
     )
 
 
-STUDIES = {"demo": demo, "paths": paths}
+def veit() -> str:
+    """Return what the study of lesions printed when docs/veit was made, and of what."""
+    content = json.loads((ROOT / "docs/veit/report.json").read_text())
+    arguments, parts = content["arguments"], map(veit_report.Part.parse, content["rows"])
+    return (
+        f"```\n{veit_report.text(list(parts))}\n```\n\n"
+        f"{arguments['network']}, images {arguments['images']}; {arguments['draws']} draws of each "
+        f"size; torch {content['environment']['torch']}, {content['environment']['date'][:10]}.\n"
+    )
+
+
+STUDIES = {"demo": demo, "paths": paths, "veit": veit}
 
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:

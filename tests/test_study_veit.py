@@ -216,3 +216,33 @@ def test_the_command_measures_real_weights(tmp_path, capsys, monkeypatch):
     assert main(["study", "veit", *arguments]) == 0
     assert "one block deleted, between stages" in capsys.readouterr().out
     assert len(table_of(tmp_path)) == 9 + 1 + 1 + 1
+
+
+def test_what_is_committed_is_one_run_of_the_default_command():
+    content = json.loads((COMMITTED / "report.json").read_text())
+    parts = [Part.parse(entry) for entry in content["rows"]]
+    usual = Options()
+    assert [(part.kind, part.number) for part in parts] == list(veit.PLANS[usual.depth])
+    assert content["arguments"]["images"] == f"test_batch, 0 to {usual.images - 1}"
+    assert (content["arguments"]["draws"], content["arguments"]["seed"]) == (usual.draws, 0)
+    names = list(table_of(COMMITTED)[0])
+    rows = [{name: str(getattr(row, name)) for name in names} for row in rows_of(parts)]
+    assert table_of(COMMITTED) == rows
+    claims = [Claim(**entry) for entry in content["claims"]]
+    assert claims == claims_of(parts)
+
+
+def test_the_page_says_what_the_run_measured():
+    content = json.loads((COMMITTED / "report.json").read_text())
+    rows = rows_of([Part.parse(entry) for entry in content["rows"]])
+    page = " ".join((COMMITTED.parent / "ensembles.md").read_text().split())
+    single = {row.deleted: row.change for row in rows if row.kind == "single"}
+    inside = {k: v for k, v in single.items() if k not in ("layer2.0", "layer3.0")}
+    several, again = means(rows, "several"), means(rows, "recalibrated")
+    for claim in (
+        f"{sum(v < 0.05 for v in inside.values())} of {len(inside)} raise the error by less than",
+        f"the mean of all is {sum(inside.values()) / len(inside):.3f}",
+        f"(+{single['layer1.7']:.3f} and +{single['layer1.1']:.3f})",
+        f"the mean of the three from {several[5]:.2f} to {again[5]:.2f}",
+    ):
+        assert claim in page
