@@ -38,3 +38,13 @@ def test_the_example_of_path_lengths_gives_what_it_says():
     exec(code, names)
     assert names["paths"].shares.shape == (5,)
     assert names["paths"].shares.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_example_of_gates_deletes_a_block():
+    (code,) = [code for _, code in BLOCKS if "fastres.gate(" in code]
+    names = {}
+    exec(BLOCKS[0][1], names)
+    names["x"] = torch.randn(16, 32)
+    exec(code, names)
+    model = names["model"]
+    assert torch.equal(names["y"], torch.nn.Sequential(*model[:2], model[3])(names["x"]))
