@@ -1,0 +1,20 @@
+"""conditioning: how residual networks are conditioned, at zero and on the way (Li et al. 2016)."""
+
+from fastres.analysis.conditioning.eigenvalues import Eigenvalues, eigenvalues, stationary_order
+from fastres.analysis.conditioning.lanczos import SpectralDensity, extreme_eigenvalues, lanczos
+from fastres.analysis.conditioning.operators import FunctionHessian, SymmetricOperator
+from fastres.analysis.conditioning.theory import Spectrum, ZeroHessian, squared_loss
+
+__all__ = [
+    "Eigenvalues",
+    "FunctionHessian",
+    "SpectralDensity",
+    "Spectrum",
+    "SymmetricOperator",
+    "ZeroHessian",
+    "eigenvalues",
+    "extreme_eigenvalues",
+    "lanczos",
+    "squared_loss",
+    "stationary_order",
+]
