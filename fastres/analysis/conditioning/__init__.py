@@ -3,6 +3,7 @@
 from fastres.analysis.conditioning.eigenvalues import Eigenvalues, eigenvalues, stationary_order
 from fastres.analysis.conditioning.lanczos import SpectralDensity, extreme_eigenvalues, lanczos
 from fastres.analysis.conditioning.operators import FunctionHessian, SymmetricOperator
+from fastres.analysis.conditioning.stacks import StackHessian
 from fastres.analysis.conditioning.theory import Spectrum, ZeroHessian, squared_loss
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "FunctionHessian",
     "SpectralDensity",
     "Spectrum",
+    "StackHessian",
     "SymmetricOperator",
     "ZeroHessian",
     "eigenvalues",
