@@ -175,20 +175,13 @@ def mnist() -> Task:
 def initial(mnist: Task, depth: int, seed: int = 0, **options) -> Eigenvalues:
     torch.manual_seed(seed)
     network = ShortcutNetwork(10, depth // options["matrices"], **options).double()
-    few = few_samples(mnist)
+    few = mnist.condensed()
     return eigenvalues(measured(network, few, network.weights.detach()))
-
-
-def few_samples(t: Task) -> Task:
-    """Ten samples with the moments of all: a linear network sees no more of them."""
-    scale = math.sqrt(t.x.size(1))
-    root = torch.linalg.cholesky(t.xx)  # x = sqrt(d) root^T has E[x x^T] = xx
-    return Task(scale * root.mT, scale * torch.linalg.solve(root, t.yx.mT))
 
 
 @needs_mnist
 def test_ten_samples_have_the_moments_of_all(mnist):
-    few = few_samples(mnist)
+    few = mnist.condensed()
     torch.testing.assert_close(few.xx, mnist.xx)
     torch.testing.assert_close(few.yx, mnist.yx)
 
