@@ -5,8 +5,16 @@ from fastres.analysis.conditioning.lanczos import SpectralDensity, extreme_eigen
 from fastres.analysis.conditioning.operators import FunctionHessian, SymmetricOperator
 from fastres.analysis.conditioning.stacks import StackHessian
 from fastres.analysis.conditioning.theory import Spectrum, ZeroHessian, squared_loss
+from fastres.analysis.conditioning.tracking import (
+    Curvature,
+    CurvatureTracker,
+    blocks_of,
+    model_hessian,
+)
 
 __all__ = [
+    "Curvature",
+    "CurvatureTracker",
     "Eigenvalues",
     "FunctionHessian",
     "SpectralDensity",
@@ -14,9 +22,11 @@ __all__ = [
     "StackHessian",
     "SymmetricOperator",
     "ZeroHessian",
+    "blocks_of",
     "eigenvalues",
     "extreme_eigenvalues",
     "lanczos",
+    "model_hessian",
     "squared_loss",
     "stationary_order",
 ]
