@@ -191,10 +191,10 @@ def _add_li(parser: argparse.ArgumentParser) -> None:
 
 
 def _li(arguments: argparse.Namespace) -> int:
-    from fastres.studies import li
+    from fastres.studies import li, li_pieces
 
-    usual = li.Options()
-    options = li.Options(
+    usual = li_pieces.Options()
+    options = li_pieces.Options(
         data_root=arguments.data_root,
         depths=usual.depths if arguments.depths is None else tuple(arguments.depths),
         epochs=arguments.epochs,

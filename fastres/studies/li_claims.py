@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastres import report
+from fastres.studies.li_compare import (
+    PLAIN,
+    below,
+    course,
+    courses,
+    curve,
+    depths_of,
+    is_near,
+)
 from fastres.studies.li_report import Row, best, select
-
-Values = NDArray[np.float64]
-
-PLAIN = ("plain, Xavier", "plain, orthogonal")
-NEAR = 0.01  # of the loss at the start: what counts as near the optimum
 
 
 @dataclass(frozen=True)
@@ -44,31 +47,6 @@ def text(claims: Sequence[Claim]) -> str:
     return report.table(("paper says", "measured here", "agrees"), lines)
 
 
-def curve(rows: Sequence[Row], net: str) -> dict[int, float]:
-    """Initial condition number (max / 10th percentile) by depth: medians over the seeds."""
-    chosen = select(rows, kind="initial", net=net)
-    depths = sorted({row.depth for row in chosen})
-    return {
-        depth: float(
-            np.median([row.condition_tenth or math.inf for row in select(chosen, depth=depth)])
-        )
-        for depth in depths
-    }
-
-
-def course(rows: Sequence[Row], task: str, net: str, depth: int) -> list[Row]:
-    """The looks at one network on its way, by epoch."""
-    chosen = select(rows, kind="course", task=task, net=net, depth=depth)
-    return sorted(chosen, key=lambda row: row.epoch)
-
-
-def courses(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """The tasks and depths of which there are looks at a 2-shortcut and a plain network."""
-    chosen = select(rows, kind="course", net="2-shortcut")
-    known = sorted({(row.task, row.depth) for row in chosen})
-    return [(t, d) for t, d in known if all(course(rows, t, net, d) for net in PLAIN)]
-
-
 def _initial(rows: Sequence[Row]) -> Claim | None:
     found = curve(rows, "2-shortcut")
     if len(found) < 2:
@@ -86,17 +64,12 @@ def _growth(rows: Sequence[Row]) -> Claim | None:
     if len(xavier) < 2 or len(orthogonal) < 2:
         return None
     ends = [(c[min(c)], c[max(c)]) for c in (xavier, orthogonal)]
-    rising = all(_rises(c) for c in (xavier, orthogonal))
+    rising = all([*c.values()] == sorted(c.values()) for c in (xavier, orthogonal))
     return Claim(
         "plain: it grows without bound, fastest with Xavier",
         "Xavier {:.3g} to {:.1e}, orthogonal {:.3g} to {:.3g}".format(*ends[0], *ends[1]),
         rising and ends[0][1] / ends[0][0] > ends[1][1] / ends[1][0],
     )
-
-
-def _rises(found: dict[int, float]) -> bool:
-    values = list(found.values())
-    return values == sorted(values)
 
 
 def _one_shortcut(rows: Sequence[Row]) -> Claim | None:
@@ -126,51 +99,25 @@ def _flat(rows: Sequence[Row]) -> Claim | None:
 
 
 def _on_the_way(rows: Sequence[Row]) -> Claim | None:
-    below, total = _below(rows, "condition_tenth")
+    fewer, total = below(rows, "condition_tenth")
     if not total:
         return None
     return Claim(
         "on the way: 2-shortcut always better conditioned at the same loss",
-        f"at {below} of {total} looks",
-        below == total,
+        f"at {fewer} of {total} looks",
+        fewer == total,
     )
 
 
 def _index(rows: Sequence[Row]) -> Claim | None:
-    below, total = _below(rows, "index")
+    fewer, total = below(rows, "index")
     if not total:
         return None
     return Claim(
         "on the way: 2-shortcut always with a smaller index at the same loss",
-        f"at {below} of {total} looks",
-        below == total,
+        f"at {fewer} of {total} looks",
+        fewer == total,
     )
-
-
-def _below(rows: Sequence[Row], name: str) -> tuple[int, int]:
-    """Count the looks at which a value of the 2-shortcut is at most that of a plain network.
-
-    They are compared at the same loss: the plain network's value is interpolated between its looks.
-    """
-    below = total = 0
-    for task, depth in courses(rows):
-        losses, values = _against_loss(course(rows, task, "2-shortcut", depth), name)
-        for net in PLAIN:
-            theirs, known = _against_loss(course(rows, task, net, depth), name)
-            inside = (losses >= theirs.min(initial=math.inf)) & (losses <= theirs.max(initial=0))
-            if inside.any():
-                at = np.interp(losses[inside], theirs, known)
-                below += int((values[inside] <= at).sum())
-                total += int(inside.sum())
-    return below, total
-
-
-def _against_loss(rows: Sequence[Row], name: str) -> tuple[Values, Values]:
-    """Losses, ascending, and what goes with them."""
-    pairs = [(row.loss, getattr(row, name)) for row in rows]
-    known = sorted((loss, value) for loss, value in pairs if loss and value is not None)
-    both = np.array(known, np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
 
 
 def _at_the_end(rows: Sequence[Row]) -> Claim | None:
@@ -178,7 +125,7 @@ def _at_the_end(rows: Sequence[Row]) -> Claim | None:
     for task, depth in courses(rows):
         ends = [course(rows, task, net, depth)[-1] for net in ("2-shortcut", *PLAIN)]
         done = [e for e in ends if e.excess is not None and e.condition_tenth]
-        known = [e.condition_tenth for e in done if _is_near(e, course(rows, task, e.net, depth))]
+        known = [e.condition_tenth for e in done if is_near(e, course(rows, task, e.net, depth))]
         values = [value for value in known if value is not None]
         if len(values) > 1:
             ratios.append(max(values) / min(values))
@@ -189,11 +136,6 @@ def _at_the_end(rows: Sequence[Row]) -> Claim | None:
         f"those that got there differ by a factor of {max(ratios):.2g}",
         max(ratios) < 10,
     )
-
-
-def _is_near(end: Row, way: Sequence[Row]) -> bool:
-    first = way[0].excess
-    return end.excess is not None and first is not None and abs(end.excess) < NEAR * abs(first)
 
 
 def _drop(rows: Sequence[Row]) -> Claim | None:
@@ -211,15 +153,11 @@ def _drop(rows: Sequence[Row]) -> Claim | None:
     )
 
 
-def _depths(rows: Sequence[Row], task: str, net: str) -> list[int]:
-    return sorted({row.depth for row in select(rows, kind="final", task=task, net=net)})
-
-
 def _final(rows: Sequence[Row], task: str) -> Claim | None:
     """Compare the final excess of all depths at the best rates."""
     worst: dict[str, float] = {}
     for net in ("2-shortcut", *PLAIN):
-        found = [best(rows, task, net, depth) for depth in _depths(rows, task, net)]
+        found = [best(rows, task, net, depth) for depth in depths_of(rows, task, net)]
         worst[net] = max((math.inf if b is None else b.excess for b in found), default=math.nan)
     if any(map(math.isnan, worst.values())):
         return None
@@ -239,7 +177,7 @@ def _rates(rows: Sequence[Row]) -> Claim | None:
     """Compare the highest rates that do not diverge, at the greatest depth."""
     found = {}
     for net in ("2-shortcut", "1-shortcut", *PLAIN):
-        depths = _depths(rows, "linear", net)
+        depths = depths_of(rows, "linear", net)
         chosen = best(rows, "linear", net, depths[-1]) if depths else None
         if chosen is None:
             return None
@@ -255,7 +193,7 @@ def _rates(rows: Sequence[Row]) -> Claim | None:
 
 
 def _norms(rows: Sequence[Row]) -> Claim | None:
-    found = [best(rows, "linear", "2-shortcut", d) for d in _depths(rows, "linear", "2-shortcut")]
+    found = [best(rows, "linear", "2-shortcut", d) for d in depths_of(rows, "linear", "2-shortcut")]
     norms = [b.weight_norm for b in found if b is not None]
     if len(norms) < 2:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fastres import plots
-from fastres.studies.li_claims import course, courses, curve
+from fastres.studies.li_compare import course, courses, curve
 from fastres.studies.li_nets import NETS
 from fastres.studies.li_report import Row, best, select
 
