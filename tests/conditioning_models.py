@@ -33,5 +33,3 @@ Y = torch.arange(7) % 3
 
 def cross_entropy(out: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(out, Y)
-
-

@@ -76,6 +76,13 @@ def test_an_operator_with_two_eigenvalues_ends_the_recurrence_after_two_steps():
     np.testing.assert_allclose(used, np.tile([1.0, 3.0], 4), rtol=1e-9)
 
 
+def test_the_ends_are_eigenvalues_where_the_recurrence_ends_early():
+    for value in (-2.0, 3.0):
+        found = lanczos(with_eigenvalues([value] * 9), steps=5)
+        assert found.smallest == pytest.approx(value)
+        assert found.largest == pytest.approx(value)
+
+
 def test_the_zero_operator_has_index_and_trace_zero():
     found = lanczos(Dense(torch.zeros(5, 5)))
     assert found.trace == found.index == found.largest == 0

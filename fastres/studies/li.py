@@ -68,6 +68,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
     except KeyboardInterrupt:
         interrupted = True
     if parts:
+        _save(options.out, arguments, parts)  # claims by this version, also where no part was left
         _present(parts, options.out, say)
     return Result(tuple(parts), interrupted)
 

@@ -47,7 +47,7 @@ class Eigenvalues:
 
     @property
     def condition_tenth(self) -> float:
-        """The ratio max / 10th percentile of |eigenvalue|, that of Li et al. 2016, section 4.
+        """The ratio max / 10th percentile of |eigenvalue|, that of Li et al. 2016.
 
         The smallest |eigenvalue| is unstable, and 0 wherever weights can be traded for others.
         """
@@ -95,7 +95,7 @@ def stationary_order(
 
     It is k where the derivatives of orders 1 to k vanish along all directions drawn (normal, of
     variance 1), and that of order k + 1 does not: the Taylor expansion to order k is constant
-    (Li et al. 2016, arXiv 1611.01186, definition 1). The derivatives are exact, forward in
+    (Li et al. 2016, arXiv 1611.01186). The derivatives are exact, forward in
     forward mode.
 
     Args:

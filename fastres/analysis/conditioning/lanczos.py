@@ -108,7 +108,7 @@ class SpectralDensity:
 def lanczos(operator: Operator, steps: int = 40, draws: int = 4, seed: int = 0) -> SpectralDensity:
     """Estimate the spectral density by stochastic Lanczos quadrature.
 
-    Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. Appl. 38(4), section 3; Golub & Welsch 1969.
+    Ubaru, Chen & Saad 2017, SIAM J. Matrix Anal. Appl. 38(4); Golub & Welsch 1969.
     All draws advance together, one product with `draws` vectors per step. Every new vector is made
     orthogonal to all before it, twice, so no eigenvalue appears a second time; that keeps
     steps * draws * P numbers.
@@ -135,9 +135,11 @@ def lanczos(operator: Operator, steps: int = 40, draws: int = 4, seed: int = 0) 
     q = signs.to(operator.device, operator.dtype) / math.sqrt(size)  # [P, draws]
     basis = q.new_zeros(steps, size, draws)
     alpha, beta = (torch.zeros(draws, steps, dtype=torch.float64) for _ in range(2))
+    over = torch.zeros(draws, steps, dtype=torch.bool)
     scale = q.new_zeros(draws)
     for step in range(steps):
         basis[step] = q
+        over[:, step] = (q == 0).all(0).cpu()
         w = operator @ q
         alpha[:, step] = _dot(q, w).double().cpu()
         for _ in range(2):
@@ -151,6 +153,8 @@ def lanczos(operator: Operator, steps: int = 40, draws: int = 4, seed: int = 0) 
         ended = length <= 100 * torch.finfo(q.dtype).eps * scale
         beta[:, step] = torch.where(ended, 0, length).double().cpu()
         q = torch.where(ended, 0, w / torch.where(ended, 1, length))
+    # and its node, which has no weight, must not be an end: put it at the first Rayleigh quotient
+    alpha = torch.where(over, alpha[:, :1], alpha)
     inner = beta[:, : steps - 1]
     tridiagonal = torch.diag_embed(alpha)
     tridiagonal += torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)

@@ -33,7 +33,7 @@ class StackHessian(SymmetricOperator):
 
         dz' = W1 dx + dW1 x + db1           dx <- dx + gate (W2 (act'(z) dz') + dW2 h + db2)
         dq  = W2^T dg + dW2^T g             dg <- dg + W1^T ddz + dW1^T dz
-        ddz = act'(z) dq + act''(z) q dz'   (Pearlmutter 1994, Neural Computation 6, section 3)
+        ddz = act'(z) dq + act''(z) q dz'   (Pearlmutter 1994, Neural Computation 6)
 
     Args:
         x: Stream, [B, D]; float32 or float64.

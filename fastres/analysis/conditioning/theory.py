@@ -142,7 +142,7 @@ def _slopes(place: str, name: str) -> tuple[float, float]:
         warnings.warn(
             f"zero_hessian: {place} is {name}, which has no derivative at 0: the mean of both "
             "sides, 1/2, is used; it scales the eigenvalues and leaves the condition number",
-            stacklevel=4,
+            stacklevel=3,
         )
         return 0.5, 0.0
     first: Callable[[Tensor], Tensor] = torch.func.grad(act)
