@@ -1,10 +1,9 @@
 """tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
-every case, else only those that the benchmark calls headline. `<!-- table: demo -->` and
-`<!-- table: paths -->` have what demo and study printed, from docs/demo/report.json and
-docs/paths/report.json. Run `python -m benchmarks.tables` to rewrite them, with `--check` to fail
-where one is not up to date.
+every case, else only those that the benchmark calls headline. Where NAME is
+demo, paths or li, it has what that study printed, from docs/NAME/report.json. Run
+`python -m benchmarks.tables` to rewrite them, with `--check` to fail where one is not up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import demo_report, paths_report
+from fastres.studies import demo_report, li_claims, paths_report
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -131,7 +130,19 @@ def paths() -> str:
     )
 
 
-STUDIES = {"demo": demo, "paths": paths}
+def li() -> str:
+    """Return what the study of shortcut depth found when docs/li was made, and of what."""
+    content = json.loads((ROOT / "docs/li/report.json").read_text())
+    claims = [li_claims.Claim(**claim) for claim in content["claims"]]
+    arguments, environment = content["arguments"], content["environment"]
+    return (
+        f"```\n{li_claims.text(claims)}\n```\n\n"
+        f"{arguments['data']}; {arguments['training']}, {len(arguments['rates'])} rates, "
+        f"{arguments['seeds']} seeds; torch {environment['torch']}, {environment['date'][:10]}.\n"
+    )
+
+
+STUDIES = {"demo": demo, "paths": paths, "li": li}
 
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOOR = 1e-9  # of a loss over the optimum: less is drawn as this
+DEPTHS = (2, 4, 8, 16, 32, 64, 100)  # that axes mark
+EXCESS = "loss less that of the best linear map"
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -39,7 +41,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     ):
         for net in nets:
             way = course(rows, "linear", net, depth)
-            _line(axes, way, "loss", name, colours[net], "-")
+            _line(axes, way, "excess", name, colours[net], "-")
         _towards_zero(axes, label)
     panels[1, 2].set_yscale("log")
     for axes in panels[1]:
@@ -64,12 +66,15 @@ def _final(
     for net, colour in colours.items():
         depths = sorted({r.depth for r in select(rows, kind="final", task=task, net=net)})
         found = [(depth, best(rows, task, net, depth)) for depth in depths]
-        points = [(depth, max(b.excess, FLOOR)) for depth, b in found if b is not None]
+        shown = "excess" if task == "linear" else "loss"
+        points = [(d, max(getattr(b, shown), FLOOR)) for d, b in found if b is not None]
         axes.plot(*zip(*points, strict=True) if points else ((), ()), ".-", color=colour, lw=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xticks(DEPTHS, map(str, DEPTHS), minor=False)
+    axes.minorticks_off()
     axes.set_title(f"trained, {task}, best rate", loc="left")
-    plots.decorate(axes, "matrices", "loss less that of the best linear map")
+    plots.decorate(axes, "matrices", EXCESS if task == "linear" else "loss")
 
 
 def _way(
@@ -82,8 +87,8 @@ def _way(
 ) -> None:
     for net in nets:
         way = course(rows, "linear", net, depth)
-        _line(axes, way, "loss", "largest", colours[net], "-")
-        _line(axes, way, "loss", "tenth", colours[net], ":")
+        _line(axes, way, "excess", "largest", colours[net], "-")
+        _line(axes, way, "excess", "tenth", colours[net], ":")
     axes.set_yscale("log")
     _towards_zero(axes, label)
 
@@ -93,10 +98,11 @@ def _line(
 ) -> None:
     value: Callable[[Row, str], float | None] = getattr
     points = [(value(row, x), value(row, y)) for row in rows]
-    known = [(a, b) for a, b in points if a is not None and b is not None]
+    known = [(a, b) for a, b in points if a is not None and b is not None and a > 0]
     axes.plot(*zip(*known, strict=True) if known else ((), ()), style, color=colour, lw=1.2)
 
 
 def _towards_zero(axes: Axes, label: str) -> None:
-    axes.invert_xaxis()  # as training goes
-    plots.decorate(axes, "loss", label)
+    axes.set_xscale("log")
+    axes.set_xlim(30, 1e-5)  # as training goes
+    plots.decorate(axes, EXCESS, label)
