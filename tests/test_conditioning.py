@@ -286,9 +286,7 @@ def test_eigenvalues_know_their_condition_numbers_and_index():
     assert math.isnan(Eigenvalues(torch.zeros(2).double()).condition)
 
 
-@pytest.mark.parametrize(
-    "matrix", [torch.zeros(2, 3), torch.zeros(0, 0), torch.full((2, 2), torch.inf)]
-)
+@pytest.mark.parametrize("shape", [(2, 3), (0, 0), (2, 2)])
 def test_what_is_no_finite_square_matrix_has_no_eigenvalues(shape):
     with pytest.raises(ValueError, match="eigenvalues: matrix must"):
         eigenvalues(torch.full(shape, torch.nan))
