@@ -139,6 +139,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
         names.add_parser("littwin-wolf", help="do path lengths grow in training? (Littwin 2016)")
     )
     _add_veit(names.add_parser("veit", help="a ResNet with blocks deleted and moved (Veit 2016)"))
+    _add_li(names.add_parser("li", help="shortcut depth and the Hessian (Li 2016)"))
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +234,41 @@ def _littwin_wolf(arguments: argparse.Namespace) -> int:
         fresh=arguments.fresh,
     )
     return _ended(littwin_wolf.run(options).interrupted)
+
+
+def _add_li(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Condition numbers of plain and n-shortcut networks on MNIST, reduced to 10 whitened "
+        "components: at the start, on the way, and the loss they reach at the best rate. Parts "
+        "that an earlier run with the same arguments has finished are kept."
+    )
+    option = parser.add_argument
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--depths", type=int, nargs="+", metavar="N", help="matrices (2 4 8 16 32 64 100)")
+    option("--epochs", type=int, default=1000, help="of gradient descent (1000)")
+    option("--rates", type=int, default=13, help="how many, from 0.001 to 10 (13)")
+    option("--seeds", type=int, default=2, help="networks of each kind (2)")
+    option("--samples", type=int, default=300, help="images for networks with relu (300)")
+    option("--out", type=Path, default=Path("fastres-li"), help="folder (fastres-li)")
+    option("--fresh", action="store_true", help="do finished parts again")
+    parser.set_defaults(run=_li)
+
+
+def _li(arguments: argparse.Namespace) -> int:
+    from fastres.studies import li, li_pieces
+
+    usual = li_pieces.Options()
+    options = li_pieces.Options(
+        data_root=arguments.data_root,
+        depths=usual.depths if arguments.depths is None else tuple(arguments.depths),
+        epochs=arguments.epochs,
+        rates=arguments.rates,
+        seeds=arguments.seeds,
+        samples=arguments.samples,
+        out=arguments.out,
+        fresh=arguments.fresh,
+    )
+    return _ended(li.run(options).interrupted)
 
 
 def _ended(interrupted: bool) -> int:

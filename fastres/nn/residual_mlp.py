@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from fastres.nn.initialisations import GAINS, Branches, initialise
+from fastres.nn.sizes import check_size
 from fastres.sites import stack
-
-# name -> gain: Var(W1) = gain^2 / fan_in keeps E[act(W1 x)^2] near Var(x)
-_GAINS: Final[Mapping[str, float]] = MappingProxyType(
-    {
-        "relu": math.sqrt(2),
-        "gelu": math.sqrt(2),
-        "gelu_tanh": math.sqrt(2),
-        "silu": math.sqrt(2),
-        "tanh": 5 / 3,
-        "sigmoid": 1.0,
-        "identity": 1.0,
-    }
-)
 
 
 class ResidualStack(nn.Module):
@@ -33,32 +19,45 @@ class ResidualStack(nn.Module):
 
         x <- x + W2[l] act(W1[l] x + b1[l]) + b2[l]
 
-    At the start W1 is He-initialised (He et al. 2015, arXiv 1502.01852, eq. 10) and W2 keeps the
-    variance it is given, divided by L: standard deviation 1 / sqrt(H L), the uniform scaling of
-    Hayou et al. 2021, "Stable ResNet" (arXiv 2010.12859). Each relu block then adds 1/L of the
-    energy of its stream, so the energy grows by (1 + 1/L)^L < e through any number of blocks.
+    or, gated, x <- x + gate[l] * (W2[l] act(W1[l] x + b1[l]) + b2[l]) with a trained gate [L].
+
+    At the start, "scaled", W1 is He-initialised (He et al. 2015, arXiv 1502.01852, eq. 10) and W2
+    keeps the variance it is given, divided by L: standard deviation 1 / sqrt(H L), the uniform
+    scaling of Hayou et al. 2021, "Stable ResNet" (arXiv 2010.12859). Each relu block then adds 1/L
+    of the energy of its stream, so the energy grows by (1 + 1/L)^L < e through any number of
+    blocks. Other starts are in `fastres.nn.INITIALISATIONS`.
 
     Args:
         width: Features D of the stream.
         blocks: Number of blocks L; 0 gives the identity.
         hidden: Features H inside a branch; width if None.
         activation: relu, gelu, gelu_tanh, silu, tanh, sigmoid or identity.
+        initialisation: A name of INITIALISATIONS.
+        gated: Whether each branch has a trained scale, as skipinit and rezero need.
 
     Raises:
-        ValueError: If a size is too small or the activation is not known.
+        ValueError: If a size is too small, or activation or initialisation is not known or does
+            not fit.
         TypeError: If a size is not an integer.
     """
 
     def __init__(
-        self, width: int, blocks: int, hidden: int | None = None, activation: str = "relu"
+        self,
+        width: int,
+        blocks: int,
+        hidden: int | None = None,
+        activation: str = "relu",
+        *,
+        initialisation: str = "scaled",
+        gated: bool = False,
     ) -> None:
         super().__init__()
         hidden = width if hidden is None else hidden
-        _check_size("ResidualStack", "width", width, 1)
-        _check_size("ResidualStack", "blocks", blocks, 0)
-        _check_size("ResidualStack", "hidden", hidden, 1)
-        if activation not in _GAINS:
-            known = ", ".join(_GAINS)
+        check_size("ResidualStack", "width", width, 1)
+        check_size("ResidualStack", "blocks", blocks, 0)
+        check_size("ResidualStack", "hidden", hidden, 1)
+        if activation not in GAINS:
+            known = ", ".join(GAINS)
             raise ValueError(
                 f"ResidualStack: activation must be one of {known}, got {activation!r}"
             )
@@ -68,22 +67,30 @@ class ResidualStack(nn.Module):
         self.b1 = nn.Parameter(torch.empty(blocks, hidden))  # [L, H]
         self.w2 = nn.Parameter(torch.empty(blocks, width, hidden))  # [L, D, H]
         self.b2 = nn.Parameter(torch.empty(blocks, width))  # [L, D]
+        self.gate = nn.Parameter(torch.empty(blocks)) if gated else None  # [L]
+        self.initialisation = initialisation
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew from torch's global generator; biases become 0."""
-        gain = _GAINS[self.activation]
-        nn.init.normal_(self.w1, std=gain / math.sqrt(self.width))
-        nn.init.normal_(self.w2, std=1 / math.sqrt(self.hidden * max(self.blocks, 1)))
-        nn.init.zeros_(self.b1)
-        nn.init.zeros_(self.b2)
+        initialise(self, self.initialisation)
+
+    def branches(self) -> Branches:
+        """List the parameters of the blocks."""
+        gain = GAINS[self.activation]
+        return Branches((self.w1, self.w2), (self.b1, self.b2), self.gate, gain)
 
     def forward(self, x: Tensor, gates: float | Tensor | None = None) -> Tensor:
         """Run all blocks: x [B, ..., D] -> [B, ..., D].
 
-        Gates scale the branches: a number, or a tensor [], [L] or [L, B]; None: 1.
+        Gates scale the branches, beside trained ones: a number, or a tensor [], [L] or [L, B];
+        None: 1.
         """
-        return stack(x, self.w1, self.b1, self.w2, self.b2, self.activation, gates)
+        w2: Tensor = self.w2
+        b2: Tensor = self.b2
+        if self.gate is not None:  # gate (W2 h + b2): other gates multiply it once more
+            w2, b2 = w2 * self.gate[:, None, None], b2 * self.gate[:, None]
+        return stack(x, self.w1, self.b1, w2, b2, self.activation, gates)
 
     def extra_repr(self) -> str:
         """Describe the stack in print(model)."""
@@ -107,9 +114,12 @@ class ResidualMLP(nn.Module):
         blocks: Number of residual blocks L, from 0 up.
         hidden: Features H inside a branch; width if None.
         activation: relu, gelu, gelu_tanh, silu, tanh, sigmoid or identity; inside the branches.
+        initialisation: A name of INITIALISATIONS, for the branches.
+        gated: Whether each branch has a trained scale, stack.gate [L].
 
     Raises:
-        ValueError: If a size is too small or the activation is not known.
+        ValueError: If a size is too small, or activation or initialisation is not known or does
+            not fit.
         TypeError: If a size is not an integer.
 
     Example:
@@ -126,13 +136,18 @@ class ResidualMLP(nn.Module):
         blocks: int,
         hidden: int | None = None,
         activation: str = "relu",
+        *,
+        initialisation: str = "scaled",
+        gated: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "classes": classes, "width": width}
         for name, value in sizes.items():
-            _check_size("ResidualMLP", name, value, 1)
+            check_size("ResidualMLP", name, value, 1)
         try:
-            stack = ResidualStack(width, blocks, hidden, activation)
+            stack = ResidualStack(
+                width, blocks, hidden, activation, initialisation=initialisation, gated=gated
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace("ResidualStack", "ResidualMLP", 1)) from None
         self.in_features, self.classes = in_features, classes
@@ -162,10 +177,3 @@ class ResidualMLP(nn.Module):
         stream = self.stack(self.input(x.flatten(1)), gates)  # [B, D]
         logits: Tensor = self.head(stream)
         return logits
-
-
-def _check_size(where: str, name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{where}: {name} must be >= {least}, got {value}")

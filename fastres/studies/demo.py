@@ -6,8 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from fastres.data import Data, load
 from fastres.nn import ResidualMLP
 from fastres.record import Tape, record
 from fastres.studies.demo_report import Row, draw, finished, laws_of, save, text
+from fastres.threads import threads
 from fastres.training import Recipe, Stepper, evaluate, evaluating, train
 
 # what all six depths together do in about a minute on two cores
@@ -100,7 +100,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
     try:
         for blocks in depths:
             if blocks not in rows:
-                with _threads(options.threads):
+                with threads(options.threads):
                     rows[blocks] = measure(blocks, options, data, device)
                     environment = report.environment(device)
                 save(options.out, arguments, environment, [rows[n] for n in depths if n in rows])
@@ -213,16 +213,6 @@ def _device(name: str) -> torch.device:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _arguments(options: Options, data: Data) -> dict[str, Any]:
