@@ -11,6 +11,7 @@ from fastres.analysis.conditioning.tracking import (
     blocks_of,
     model_hessian,
 )
+from fastres.analysis.conditioning.zero_branch import ZeroBranch, zero_branch
 
 __all__ = [
     "Curvature",
@@ -21,6 +22,7 @@ __all__ = [
     "Spectrum",
     "StackHessian",
     "SymmetricOperator",
+    "ZeroBranch",
     "ZeroHessian",
     "blocks_of",
     "eigenvalues",
@@ -29,4 +31,5 @@ __all__ = [
     "model_hessian",
     "squared_loss",
     "stationary_order",
+    "zero_branch",
 ]
