@@ -1,7 +1,7 @@
 """fastres: residual networks, observed inside the kernels that add the branch to the stream."""
 
 from fastres import nn
-from fastres.ops import Stats, mlp_stack, path_accumulate, residual_add
+from fastres.ops import Stats, batch_norm_residual, mlp_stack, path_accumulate, residual_add
 from fastres.paths import PathGradients, mlp_stack_paths, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
@@ -11,6 +11,7 @@ __all__ = [
     "Site",
     "Stats",
     "Tape",
+    "batch_norm_residual",
     "mlp_stack",
     "mlp_stack_paths",
     "nn",
