@@ -118,7 +118,7 @@ def _run(
     small = [None if t is None else t.to(wide) for t in (weight, bias, *statistics)]
     given: tuple[Any, ...] = (x.to(dtype), f.to(dtype), *small, gate)
     if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
-        y, sums, mean, var = composed(*given, eps, relu)
+        y, sums, mean, var = composed(*given, eps, relu)  # type: ignore[call-arg]
     elif is_underived(*given):
         y, sums, mean, var, _ = FORWARD(*given, eps, relu, False)
     else:
