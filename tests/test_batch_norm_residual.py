@@ -95,7 +95,8 @@ class TestBatchNormResidual(OpContract):
     def reference(*args, **kwargs):
         return with_statistics(reference, *args, **kwargs)
 
-    eager = staticmethod(eager)
+    # Without the library the reference runs, which is such a composition itself.
+    eager = None if native.raw("_batch_norm_residual") is None else staticmethod(eager)
     samples = staticmethod(samples)
 
     @staticmethod

@@ -32,6 +32,7 @@ def moments(f: Tensor) -> tuple[Tensor, Tensor]:
     dims = [0, *range(2, f.dim())]
     count = max(f.numel() // max(f.size(1), 1), 1)  # of none the sums are 0
     mean = f.sum(dims) / count
+    mean = mean + (f - per_channel(mean, f)).sum(dims) / count  # what the first sum rounded away
     return mean, (f - per_channel(mean, f)).square().sum(dims) / count
 
 
