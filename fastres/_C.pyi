@@ -46,6 +46,44 @@ def residual_add(
         ValueError: If a shape or layout is another.
     """
 
+def batch_norm_residual(
+    x: Array,
+    f: Array,
+    weight: NDArray[np.float32] | NDArray[np.float64] | None = None,
+    bias: NDArray[np.float32] | NDArray[np.float64] | None = None,
+    mean: NDArray[np.float32] | NDArray[np.float64] | None = None,
+    var: NDArray[np.float32] | NDArray[np.float64] | None = None,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> tuple[
+    Array,
+    NDArray[np.float32] | NDArray[np.float64],
+    NDArray[np.float32] | NDArray[np.float64],
+    NDArray[np.float32] | NDArray[np.float64],
+]:
+    """Normalise a branch and add it, y = act(x + p).
+
+    The perturbation is p = weight (f - mean) / sqrt(var + eps) + bias.
+
+    Args:
+        x: Stream, C-contiguous [B, C, ...], float64, float32 or float16.
+        f: Branch, shape and dtype of x.
+        weight: [C], as all four float64 for float64 x, else float32; 1 if None.
+        bias: 0 if None.
+        mean: Of f per channel; that of this f if None.
+        var: Likewise, biased; given or not as mean is.
+        eps: Added to the variance.
+        relu: Whether act is the ReLU, else the identity.
+
+    Returns:
+        y, like x; the sums of x*x, p*p and x*p of every sample, [3, B], dtype of weight; mean and
+        var that were used.
+
+    Raises:
+        TypeError: If a dtype is another.
+        ValueError: If a shape or layout is another.
+    """
+
 def mlp_stack(
     x: Array, w1: Array, b1: Array, w2: Array, b2: Array, activation: str = "relu"
 ) -> tuple[Array, NDArray[np.float32] | NDArray[np.float64]]:

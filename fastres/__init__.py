@@ -2,7 +2,7 @@
 
 from fastres import nn
 from fastres.gates import Gates, gate
-from fastres.ops import Stats, mlp_stack, path_accumulate, residual_add
+from fastres.ops import Stats, batch_norm_residual, mlp_stack, path_accumulate, residual_add
 from fastres.paths import PathGradients, mlp_stack_paths, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
@@ -13,6 +13,7 @@ __all__ = [
     "Site",
     "Stats",
     "Tape",
+    "batch_norm_residual",
     "gate",
     "mlp_stack",
     "mlp_stack_paths",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from cuda_on_cpu import (
+    batch_norm_residual,
+    batch_norm_residual_reference,
     build,
     mlp_stack,
     mlp_stack_paths,
@@ -51,11 +53,18 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
     ("op", "reference"),
     [
         (residual_add, residual_add_reference),
+        (batch_norm_residual, batch_norm_residual_reference),
         (mlp_stack, mlp_stack_reference),
         (mlp_stack_paths, mlp_stack_paths_reference),
         (path_accumulate, path_accumulate_reference),
     ],
-    ids=["residual_add", "mlp_stack", "mlp_stack_paths", "path_accumulate"],
+    ids=[
+        "residual_add",
+        "batch_norm_residual",
+        "mlp_stack",
+        "mlp_stack_paths",
+        "path_accumulate",
+    ],
 )
 def test_results_are_right_and_the_same_in_every_order_of_the_threads(op, reference, seed) -> None:
     library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
@@ -101,7 +110,10 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
 
 
 @needs_fibers
-@pytest.mark.parametrize("op", ["residual_add", "mlp_stack", "mlp_stack_paths", "path_accumulate"])
+@pytest.mark.parametrize(
+    "op",
+    ["residual_add", "batch_norm_residual", "mlp_stack", "mlp_stack_paths", "path_accumulate"],
+)
 def test_kernels_stay_within_their_memory(op: str) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")

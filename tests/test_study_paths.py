@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from fastres.cli import main
+from fastres.nn import cifar_resnet
 from fastres.paths import path_gradients
 from fastres.studies import paths, paths_plots
 from fastres.studies.paths import Options, Study, run
-from fastres.studies.paths_network import FILES, ResNet, trained, untrained
+from fastres.studies.paths_network import FILES, trained, untrained
 from fastres.studies.paths_report import Part, Row, rows_of, summarise, text
 
 ROOT = os.environ.get("FASTRES_DATA")
@@ -236,7 +237,7 @@ def test_weights_of_something_else_are_refused(kind, tmp_path):
     content = {
         "tensor": torch.ones(2),
         "dict": {"epoch": 3},
-        "other": {"state_dict": ResNet(8).state_dict()},
+        "other": {"state_dict": cifar_resnet(8).state_dict()},
     }
     file.write_bytes(b"hello" * (kind == "text"))
     if kind in content:

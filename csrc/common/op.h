@@ -125,13 +125,17 @@ inline Tensor uninitialized_like(const Tensor& like) {
                        like.scalar_type());
 }
 
+inline Tensor uninitialized_contiguous(const Tensor& like) {
+  std::vector<int64_t> stride(like.dim(), 1);
+  for (int64_t d = like.dim(); d-- > 1;) stride[d - 1] = stride[d] * like.size(d);
+  return empty_strided(like, like.sizes().data(), stride.data(), like.dim(), like.scalar_type());
+}
+
 // An uninitialised result of a and b: in the layout of the first that has dense samples, if any.
 inline Tensor uninitialized_like(const Tensor& a, const Tensor& b) {
   if (has_dense_samples(a)) return uninitialized_like(a);
   if (has_dense_samples(b)) return uninitialized_like(b);
-  std::vector<int64_t> stride(a.dim(), 1);
-  for (int64_t d = a.dim(); d-- > 1;) stride[d - 1] = stride[d] * a.size(d);
-  return empty_strided(a, a.sizes().data(), stride.data(), a.dim(), a.scalar_type());
+  return uninitialized_contiguous(a);
 }
 
 // t itself where it has the layout of `like`, else a copy that has it.

@@ -2,6 +2,7 @@
 // so that the result does not depend on the number of threads.
 #include "cpu.h"
 
+#include "../common/cpu_rows.h"
 #include "../common/tile_rows.h"
 
 namespace fastres::residual_add::FASTRES_ISA {
@@ -18,15 +19,6 @@ struct Segment {
         mask_at(row * ((cols + 7) / 8) + c / 8),
         size(kSegment < cols - c ? kSegment : cols - c) {}
 };
-
-template <class T> const T* offset(const void* p, int64_t at) {
-  return p ? static_cast<const T*>(p) + at : nullptr;
-}
-template <class T> T* offset(void* p, int64_t at) { return p ? static_cast<T*>(p) + at : nullptr; }
-
-template <class A, class Any> A gate_of(const Any& a, int64_t row) {
-  return a.gate ? static_cast<const A*>(a.gate)[row * a.gate_stride] : A(1);
-}
 
 template <class T, bool kGated, bool kRelu>
 Sums<double> forward_segment(const Args& a, const Segment& s) {
@@ -62,13 +54,6 @@ Sums<double> forward_segment(const Args& a, const Segment& s) {
 template <class T> auto pick_forward(const Args& a) {
   if (a.relu) return a.gate ? forward_segment<T, true, true> : forward_segment<T, false, true>;
   return a.gate ? forward_segment<T, true, false> : forward_segment<T, false, false>;
-}
-
-template <class A> void store_sums(const Args& a, int64_t row, const Sums<double>& sums) {
-  A* out = static_cast<A*>(a.sums) + row;
-  out[0] = static_cast<A>(sums.skip_sq);
-  out[a.rows] = static_cast<A>(sums.branch_sq);
-  out[2 * a.rows] = static_cast<A>(sums.dot);
 }
 
 template <class T> double backward_segment(const BackwardArgs& a, const Segment& s) {
@@ -131,7 +116,7 @@ void forward(const Args& a, Sums<double>* partial, int64_t begin, int64_t end) {
     using T = decltype(t);
     do_tasks(a, partial, begin, end, pick_forward<T>(a),
              [&](int64_t row, const Sums<double>& sums) {
-               store_sums<typename Stored<T>::A>(a, row, sums);
+               store_sums<typename Stored<T>::A>(a.sums, a.rows, row, sums);
              });
   });
 }
@@ -145,7 +130,7 @@ void join_forward(const Args& a, const Sums<double>* partial) {
         total.branch_sq += partial->branch_sq;
         total.dot += partial->dot;
       }
-      store_sums<typename Stored<decltype(t)>::A>(a, row, total);
+      store_sums<typename Stored<decltype(t)>::A>(a.sums, a.rows, row, total);
     }
   });
 }

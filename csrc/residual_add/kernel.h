@@ -6,6 +6,7 @@
 // A row is one sample; its elements are taken in memory order, so any dense layout is a row.
 #pragma once
 #include "../common/dtype.h"
+#include "../common/sums.h"
 
 namespace fastres::residual_add {
 
@@ -37,16 +38,6 @@ struct BackwardArgs {
   int64_t rows, cols;
   Dtype dtype;
   void* scratch = nullptr;  // scratch_bytes(args), for rows split over several blocks
-};
-
-// The sums of one add. A: a number, or a vector of partial sums.
-template <class A> struct Sums {
-  A skip_sq{}, branch_sq{}, dot{};
-  FASTRES_HD void add(const A& x, const A& p) {
-    skip_sq += x * x;
-    branch_sq += p * p;
-    dot += x * p;
-  }
 };
 
 // The cotangents of one row's sums.

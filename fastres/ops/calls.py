@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ def check_tensor(op: str, name: str, value: Any) -> None:
         raise TypeError(
             f"{op}: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
         )
+
+
+def check_gate(op: str, gate: Any, x: Tensor) -> None:
+    """Raise the error that names the gate, unless it is None, a number, or a tensor [] or [B]."""
+    if isinstance(gate, Tensor):
+        check_tensor(op, "gate", gate)
+        if gate.dim() > 0 and gate.shape != x.shape[:1]:
+            raise ValueError(f"{op}: gate must have shape [] or [{x.size(0)}], got {[*gate.shape]}")
+        if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
+            raise TypeError(f"{op}: gate must be on {x.device}, got {gate.device}")
+    elif gate is not None and not isinstance(gate, Real):
+        raise TypeError(f"{op}: gate must be a number or tensor, got {type(gate).__name__}")
 
 
 def check_flag(op: str, name: str, value: Any) -> None:

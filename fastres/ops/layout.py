@@ -46,23 +46,53 @@ def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     return t.new_empty_strided(t.shape, strides).copy_(t)
 
 
+def lines_of(like: Tensor, strides: tuple[int, ...]) -> tuple[int, int]:
+    """Return count and length of the lines of a sample of [B, C, ...] with dense samples.
+
+    A line is a channel, or where these lie side by side a place with all channels.
+    """
+    channels, places = like.size(1), math.prod(like.shape[2:])
+    pixels = places == 1 or (channels > 1 and strides[1] == 1)
+    return (places, channels) if pixels else (channels, places)
+
+
+def has_lines(t: Tensor) -> bool:
+    """Tell whether samples of t [B, C, ...] are dense, the channels outermost or innermost."""
+    if not has_dense_samples(t):
+        return False
+    lines, length = lines_of(t, t.stride())
+    return t.numel() == 0 or lines == 1 or t.stride(1) in (1, length)
+
+
+def empty_with_lines(*tensors: Tensor) -> Tensor:
+    """Return an empty tensor in the layout of the first that has lines, else contiguous."""
+    first = tensors[0]
+    for t in tensors:
+        if has_lines(t):
+            return first.new_empty_strided(t.shape, t.stride())
+    return first.new_empty(first.shape)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """View [B] or [] values so that they scale the samples of `like`, [B, ...]."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...]) -> Tensor:
+def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...], lines: int = 1) -> Tensor:
     """Unpack one bit per element to a boolean tensor in the shape of `like`, [B, ...].
 
     Args:
-        bits: [B, ceil(N / 8)] uint8; bit c % 8 of byte c / 8 is element c of a sample, counted in
-            the memory order that `strides` give.
+        bits: [B, lines * ceil(N / lines / 8)] uint8; bit c % 8 of byte c / 8 is element c of a
+            line, counted in the memory order that `strides` give.
         like: Gives the shape [B, ...] with N features.
         strides: Of the tensor whose elements the bits are.
+        lines: Of a sample, of equal length; each begins with a byte.
     """
     dims = range(like.dim())
     order = [0, *sorted(dims[1:], key=lambda d: (-strides[d], d))]
     shape = [like.size(d) for d in order]
-    each = (bits[:, :, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1
-    rows = each.flatten(1)[:, : math.prod(like.shape[1:])]
+    some = max(lines, 1)
+    each = bits.reshape(bits.size(0), lines, bits.size(1) // some, 1)
+    each = (each >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1
+    rows = each.flatten(2)[:, :, : math.prod(like.shape[1:]) // some]
     return rows.reshape(shape).permute(sorted(dims, key=order.__getitem__)).bool()

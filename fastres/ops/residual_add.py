@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
-from fastres.ops.calls import check_flag, check_tensor, is_underived
+from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
 from fastres.ops.layout import accumulate, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
@@ -117,14 +116,5 @@ def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> Non
         raise ValueError(f"residual_add: f must have shape {[*x.shape]}, got {[*f.shape]}")
     if f.device != x.device:
         raise TypeError(f"residual_add: f must be on {x.device}, got {f.device}")
-    if isinstance(gate, Tensor):
-        check_tensor("residual_add", "gate", gate)
-        if gate.dim() > 0 and gate.shape != x.shape[:1]:
-            raise ValueError(
-                f"residual_add: gate must have shape [] or [{x.size(0)}], got {[*gate.shape]}"
-            )
-        if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
-            raise TypeError(f"residual_add: gate must be on {x.device}, got {gate.device}")
-    elif gate is not None and not isinstance(gate, Real):
-        raise TypeError(f"residual_add: gate must be a number or tensor, got {type(gate).__name__}")
+    check_gate("residual_add", gate, x)
     check_flag("residual_add", "relu", relu)

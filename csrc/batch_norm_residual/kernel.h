@@ -1,0 +1,93 @@
+// batch_norm_residual: y = act(x + p) with p = gate * n, where n = scale * (f - mean) + bias is the
+// normalised branch and scale = weight / sqrt(var + eps); and per sample the sums x*x, p*p, x*p.
+//   moments   mean and variance of each channel of f, over all samples and places (training)
+//   forward   y, the sums; mask bit = the ReLU lets the cotangent through
+//   reduce    g = mask ? gy : 0;  of_g = sum gate g and of_f = sum gate g (f - mean), per channel;
+//             gbias = of_g, gweight = of_f / sqrt(var + eps);  ggate[row] = sum g n
+//   backward  gx = g;  gf = scale * (gate g - of_g / count - (f - mean) of_f / (count (var + eps)))
+//             in training, with count values per channel; else gf = scale * gate g
+#pragma once
+#include "../common/dtype.h"
+#include "../common/sums.h"
+
+namespace fastres::batch_norm_residual {
+
+// A sample lies in memory as lines of equal length: planes, a line per channel, or pixels, a line
+// per place. Each line of the mask begins with a byte.
+struct Shape {
+  int64_t rows;      // samples
+  int64_t channels;  // C
+  int64_t places;    // S, values of a channel in a sample
+  bool pixels;       // a sample is [S, C] in memory (channels_last), else [C, S]
+
+  FASTRES_HD int64_t lines() const { return pixels ? places : channels; }
+  FASTRES_HD int64_t length() const { return pixels ? channels : places; }
+  FASTRES_HD int64_t cols() const { return channels * places; }
+  FASTRES_HD double count() const {  // values per channel; 1 of none, whose sums are 0
+    return rows * places > 0 ? double(rows) * places : 1;
+  }
+  FASTRES_HD int64_t mask_cols() const { return lines() * ceil_div(length(), 8); }
+};
+
+struct Args {
+  const void* x;       // [rows, cols]
+  const void* f;       // [rows, cols]
+  const void* weight;  // [C], accumulate type; null: 1
+  const void* bias;    // [C], accumulate type; null: 0
+  const void* gate;    // [rows] with stride gate_stride, accumulate type; null: 1
+  void* y;             // [rows, cols]
+  void* sums;          // [3, rows], accumulate type
+  void* mean;          // [C], accumulate type; of the batch in training, else given
+  void* var;           // [C], accumulate type; biased; of the batch in training, else given
+  uint8_t* mask;       // [rows, lines, ceil(length / 8)], bit c % 8 of byte c / 8; null: not wanted
+  int64_t gate_stride;  // 0: one for all rows
+  Shape shape;
+  double eps;
+  Dtype dtype;  // of x, f, y; the accumulate type is float64 for float64, else float32
+  bool relu, training;
+  void* scratch = nullptr;  // scratch_bytes(args)
+};
+
+struct BackwardArgs {
+  const void* gy;      // [rows, cols]
+  const void* f;       // [rows, cols]
+  const void* weight;  // as in Args, down to gate
+  const void* bias;
+  const void* gate;
+  const void* mean;     // [C]
+  const void* var;      // [C]
+  const uint8_t* mask;  // [rows, lines, ceil(length / 8)]; null: all ones
+  void* gx;             // [rows, cols]; null: not wanted (it is gy)
+  void* gf;             // [rows, cols]
+  void* gaffine;        // [2, C], gweight and gbias, accumulate type; null: not wanted
+  void* ggate;          // [rows], accumulate type; null: not wanted
+  int64_t gate_stride;
+  Shape shape;
+  double eps;
+  Dtype dtype;
+  bool training;
+  void* scratch = nullptr;  // scratch_bytes(args)
+};
+
+// One channel's normalisation. V: a number, or a vector of them.
+template <class V> struct Norm {
+  V mean, scale, bias;
+  FASTRES_HD V operator()(const V& f) const { return scale * (f - mean) + bias; }
+};
+
+// One channel's backward pass: per_g and per_f are the means that training takes away.
+template <class V> struct Pull {
+  V mean, scale, per_g, per_f;
+  FASTRES_HD V operator()(const V& g, const V& f) const {
+    return scale * (g - per_g - (f - mean) * per_f);
+  }
+};
+
+// Bytes of device memory that launch_cuda needs beside its outputs.
+int64_t scratch_bytes(const Args& args);
+int64_t scratch_bytes(const BackwardArgs& args);
+
+void launch_cuda(const Args& args, void* stream);
+void launch_cuda(const BackwardArgs& args, void* stream);
+
+}  // namespace fastres::batch_norm_residual

@@ -1,0 +1,226 @@
+"""batch_norm_residual: y = act(x + gate * batch_norm(f)), with the sums of each add on the way."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fastres.ops import native
+from fastres.ops.batch_norm_residual_rules import FORWARD, BatchNormResidual, composed
+from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
+from fastres.ops.layout import accumulate
+from fastres.ops.stats import Stats
+
+_OP = "batch_norm_residual"
+
+
+def batch_norm_residual(
+    x: Tensor,
+    f: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: float | Tensor | None = None,
+    relu: bool = False,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """Normalise a branch (Ioffe and Szegedy 2015, arXiv 1502.03167), add it to its stream, measure.
+
+    The sum is y = act(x + p) with p = gate * (weight (f - mean) / sqrt(var + eps) + bias). In
+    training mean and var are those of f over samples and places (its algorithm 1), and the running
+    ones move towards them by the factor `momentum`, var by its unbiased estimate; else they are
+    the running ones. A pass over f for them, then one for everything else; the backward pass keeps
+    f, and of the ReLU one bit per element. Derivatives of derivatives, and those of torch.func,
+    come from the plain composition.
+
+    Args:
+        x: Skip, [B, C, ...]; float64, float32, bfloat16 or float16.
+        f: Branch, same shape and device. Mixed dtypes promote as in `x + f`.
+        running_mean: [C]; changed in training, needed otherwise.
+        running_var: [C], likewise.
+        weight: Scale of each channel, [C]; None: 1.
+        bias: [C]; None: 0. All four in any floating dtype: they are used in float32, or float64
+            where x or f is.
+        gate: Scale of the branch: a number, a tensor [] or a tensor [B], one per sample; None: 1.
+        relu: Whether y goes through a ReLU. The sums are of what is added, before it.
+        training: Whether the statistics are those of f.
+        momentum: Factor of the running statistics; None: 1 / num_batches_tracked, their mean.
+        eps: Added to the variance, 0 or more.
+        num_batches_tracked: [], integer; counts the calls in training.
+
+    Returns:
+        y, [B, C, ...] in the layout of x (contiguous or channels_last, read and written without a
+        copy), and the Stats of x and p, in squared units of x; they carry no gradients. Sums are in
+        a fixed order: two runs agree bit for bit.
+
+    Raises:
+        TypeError: If an argument is no dense floating tensor, devices differ, or a flag is no bool.
+        ValueError: If a shape does not fit, in training if there is one value per channel or the
+            momentum lacks num_batches_tracked, and else if there are no running statistics.
+
+    Example:
+        >>> f = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm_residual(torch.zeros(2, 1), f, training=True, eps=0.0)[0]
+        tensor([[-1.],
+                [ 1.]])
+    """
+    given = (x, f, running_mean, running_var, weight, bias, gate, relu)
+    options: dict[str, Any] = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
+    if has_torch_function_variadic(x, f):  # a policy watches
+        return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
+    _check(*given, **options)
+    return _run(False, *given, **options)
+
+
+def reference(*given: Any, **options: Any) -> tuple[Tensor, Stats]:
+    """Compute batch_norm_residual in plain PyTorch: the oracle, and the fallback."""
+    return _run(True, *given, **options)
+
+
+def _run(
+    plain: bool,
+    x: Tensor,
+    f: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: float | Tensor | None = None,
+    relu: bool = False,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """Run the kernel, or the plain composition, and move the running statistics."""
+    dtype = torch.promote_types(x.dtype, f.dtype)
+    wide = accumulate(dtype)
+    if gate is not None:
+        gate = torch.as_tensor(gate, dtype=wide, device=x.device).expand(x.size(0))
+    statistics = (None, None) if training else (running_mean, running_var)
+    small = [None if t is None else t.to(wide) for t in (weight, bias, *statistics)]
+    given: tuple[Any, ...] = (x.to(dtype), f.to(dtype), *small, gate)
+    if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
+        y, sums, mean, var = composed(*given, eps, relu)  # type: ignore[call-arg]
+    elif is_underived(*given):
+        y, sums, mean, var, _ = FORWARD(*given, eps, relu, False)
+    else:
+        y, sums, mean, var, _ = _apply(*given, eps, relu)
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if training and running_mean is not None and running_var is not None:
+        count = x.numel() // max(x.size(1), 1)
+        if momentum is None and num_batches_tracked is not None:
+            momentum = 1 / float(num_batches_tracked)
+        if count and momentum is not None:
+            _move(running_mean, mean, momentum)
+            _move(running_var, var * (count / (count - 1)), momentum)
+    return y, Stats(sums)
+
+
+def _move(running: Tensor, to: Tensor, factor: float) -> None:
+    """Move a running statistic towards that of a batch."""
+    with torch.no_grad():
+        running.lerp_(to.detach().to(running.dtype), factor)
+
+
+def _is_composed() -> bool:
+    """Tell whether torch transforms what only the plain composition can follow."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _apply(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run with autograd. Function.apply inspects its signature, 30 us, for functorch's sake."""
+    compiled = torch.compiler.is_compiling()
+    function = BatchNormResidual
+    run: Any = function.apply if compiled else super(torch.autograd.Function, function).apply
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run(*args)
+    return outputs
+
+
+def _check(
+    x: Tensor,
+    f: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: float | Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise the error that names the argument, the rule and the value, if there is one."""
+    check_tensor(_OP, "x", x)
+    check_tensor(_OP, "f", f)
+    if x.dim() < 2:
+        raise ValueError(f"{_OP}: x must have 2 or more dimensions, got {x.dim()}")
+    if f.shape != x.shape:
+        raise ValueError(f"{_OP}: f must have shape {[*x.shape]}, got {[*f.shape]}")
+    if f.device != x.device:
+        raise TypeError(f"{_OP}: f must be on {x.device}, got {f.device}")
+    channels = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, t in channels.items():
+        if t is None:
+            continue
+        check_tensor(_OP, name, t)
+        if t.shape != x.shape[1:2]:
+            raise ValueError(f"{_OP}: {name} must have shape [{x.size(1)}], got {[*t.shape]}")
+        if t.device != x.device:
+            raise TypeError(f"{_OP}: {name} must be on {x.device}, got {t.device}")
+    check_gate(_OP, gate, x)
+    check_flag(_OP, "relu", relu)
+    check_flag(_OP, "training", training)
+    if not isinstance(eps, Real) or not eps >= 0:
+        raise ValueError(f"{_OP}: eps must be >= 0, got {eps}")
+    _check_statistics(x, running_mean, running_var, training, momentum, num_batches_tracked)
+
+
+def _check_statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise the error that names what is wrong with the statistics, if anything is."""
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{_OP}: {missing} must be given with the other, got None")
+    if not training and running_mean is None:
+        raise ValueError(f"{_OP}: running_mean must be given outside of training, got None")
+    if training and x.size(0) * math.prod(x.shape[2:]) == 1:
+        raise ValueError(
+            f"{_OP}: x must have more than one value per channel in training, got {[*x.shape]}"
+        )
+    if momentum is not None and not isinstance(momentum, Real):
+        raise TypeError(f"{_OP}: momentum must be a number or None, got {type(momentum).__name__}")
+    if training and momentum is None and num_batches_tracked is None and running_mean is not None:
+        raise ValueError(f"{_OP}: num_batches_tracked must be given with momentum None, got None")

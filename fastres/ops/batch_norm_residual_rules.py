@@ -1,0 +1,222 @@
+"""batch_norm_residual_rules: what torch must know of the raw operators: derivatives and shapes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastres.ops import native
+from fastres.ops.layout import (
+    accumulate,
+    empty_with_lines,
+    in_layout,
+    lines_of,
+    per_sample,
+    unpack_bits,
+)
+from fastres.ops.stats import sums_of
+
+FORWARD: Final = native.raw("_batch_norm_residual")
+BACKWARD: Final = native.raw("_batch_norm_residual_backward")
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """View [C] values so that they scale the channels of `like`, [B, C, ...]."""
+    return values.reshape(-1, *[1] * (like.dim() - 2))
+
+
+def moments(f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance, [C] each, of every channel of f [B, C, ...]."""
+    dims = [0, *range(2, f.dim())]
+    count = max(f.numel() // max(f.size(1), 1), 1)  # of none the sums are 0
+    mean = f.sum(dims) / count
+    mean = mean + (f - per_channel(mean, f)).sum(dims) / count  # what the first sum rounded away
+    return mean, (f - per_channel(mean, f)).square().sum(dims) / count
+
+
+def perturbation(
+    f: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Compute gate * (weight (f - mean) / sqrt(var + eps) + bias) in plain PyTorch.
+
+    All in one dtype: f [B, C, ...], gate [B], the others [C].
+    """
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    p = (f - per_channel(mean, f)) * per_channel(scale, f)
+    if bias is not None:
+        p = p + per_channel(bias, f)
+    return p if gate is None else p * per_sample(gate, p)
+
+
+def composed(
+    x: Tensor,
+    f: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute y, sums, mean and variance in plain PyTorch; the last two of f if none are given."""
+    skip, branch = x.to(accumulate(x.dtype)), f.to(accumulate(f.dtype))
+    if mean is None or var is None:
+        mean, var = moments(branch)
+    p = perturbation(branch, weight, bias, mean, var, gate, eps)
+    y = (skip + p).to(x.dtype)
+    return (y.relu() if relu else y), sums_of(skip.detach(), p.detach()), mean, var
+
+
+class BatchNormResidual(torch.autograd.Function):
+    """The gradient of batch_norm_residual. It keeps f, and of the ReLU one bit per element."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        f: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        gate: Tensor | None,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return y, sums, mean and variance of the batch if none are given, and the mask."""
+        result = FORWARD(x, f, weight, bias, mean, var, gate, eps, relu, relu)
+        y, sums, batch_mean, batch_var, mask = result
+        return y, sums, batch_mean, batch_var, mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what the derivatives need, and nothing else."""
+        _, f, weight, bias, mean, var, gate, ctx.eps, ctx.relu = inputs
+        y, sums, batch_mean, batch_var, mask = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(sums, batch_mean, batch_var, mask)
+        ctx.training, ctx.strides = mean is None, y.stride()
+        statistics = (batch_mean, batch_var) if mean is None else (mean, var)
+        ctx.save_for_backward(mask if ctx.relu else None, f, weight, bias, gate, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, f, weight, bias and gate."""
+        if gy is None:
+            return (None,) * 9
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        ):
+            gx, gf, gweight, gbias, ggate = _composed_backward(ctx, gy)
+            return gx, gf, gweight, gbias, None, None, ggate, None, None
+        mask, f, weight, bias, gate, mean, var = ctx.saved_tensors
+        affine, gated = any(ctx.needs_input_grad[2:4]), ctx.needs_input_grad[6]
+        gy = in_layout(gy, ctx.strides)
+        gx, gf, gaffine, ggate = BACKWARD(
+            *(gy, mask, f, weight, bias, mean, var, gate),
+            *(ctx.eps, ctx.training, affine, gated),
+        )
+        return (
+            gx if ctx.relu else gy,
+            gf,
+            gaffine[0] if ctx.needs_input_grad[2] else None,
+            gaffine[1] if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+            ggate if gated else None,
+            None,
+            None,
+        )
+
+
+def _composed_backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the plain composition, so that the gradients can be differentiated again."""
+    mask, f, weight, bias, gate, mean, var = ctx.saved_tensors
+    dtype, wide = gy.dtype, accumulate(gy.dtype)
+    g = gy
+    if mask is not None:
+        keep = unpack_bits(mask, gy, ctx.strides, lines_of(gy, ctx.strides)[0])
+        g = torch.where(keep, gy, 0.0)
+    given = (f.to(wide), weight, bias, gate)
+    wanted = [i for i, at in enumerate((1, 2, 3, 6)) if ctx.needs_input_grad[at]]
+
+    def run(*some: Tensor) -> Tensor:
+        full: list[Any] = list(given)
+        for i, t in zip(wanted, some, strict=True):
+            full[i] = t
+        of_f, of_weight, of_bias, of_gate = full
+        center, spread = moments(of_f) if ctx.training else (mean, var)
+        return perturbation(of_f, of_weight, of_bias, center, spread, of_gate, ctx.eps)
+
+    vjp: Any = torch.func.vjp  # with two results here
+    _, pull = vjp(run, *(given[i] for i in wanted))
+    grads: list[Tensor | None] = [None] * 4
+    for i, grad in zip(wanted, pull(g.to(wide)), strict=True):
+        grads[i] = grad
+    of_f = grads[0]
+    return g, None if of_f is None else of_f.to(dtype), *grads[1:]
+
+
+def _fake(
+    x: Tensor,
+    f: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    relu: bool,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs in the right shape, dtype and layout, without values."""
+    wide = accumulate(x.dtype)
+    y = empty_with_lines(x, f)
+    lines, length = lines_of(y, y.stride())
+    count = x.size(1) if mean is None else 0
+    size = (x.size(0), lines * ((length + 7) // 8)) if masked else (0, 0)
+    return (
+        y,
+        x.new_empty((3, x.size(0)), dtype=wide),
+        x.new_empty(count, dtype=wide),
+        x.new_empty(count, dtype=wide),
+        x.new_empty(size, dtype=torch.uint8),
+    )
+
+
+def _fake_backward(
+    gy: Tensor,
+    mask: Tensor | None,
+    f: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    training: bool,
+    affine_grad: bool,
+    gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = accumulate(gy.dtype)
+    return (
+        torch.empty_like(gy) if mask is not None else gy.new_empty(0),
+        torch.empty_like(gy),
+        gy.new_empty((2, gy.size(1)) if affine_grad else (0, 0), dtype=wide),
+        gy.new_empty(gy.size(0) if gate_grad else 0, dtype=wide),
+    )
+
+
+if FORWARD is not None:
+    torch.library.register_fake("fastres::_batch_norm_residual", _fake)
+    torch.library.register_fake("fastres::_batch_norm_residual_backward", _fake_backward)

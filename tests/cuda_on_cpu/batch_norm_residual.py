@@ -1,0 +1,154 @@
+"""Compare batch_norm_residual's CUDA kernels, run as fibers, to NumPy.
+
+In tests/, `python -m cuda_on_cpu.batch_norm_residual LIBRARY SEED` runs all cases against one
+library, in the order of the fibers that the seed draws.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+from cuda_on_cpu.batch_norm_residual_reference import (
+    EPS,
+    Case,
+    Inputs,
+    cases,
+    exact_backward,
+    exact_forward,
+    inputs_of,
+)
+from cuda_on_cpu.residual_add import Runner as ResidualAddRunner
+from cuda_on_cpu.residual_add import address, close, expect
+from cuda_on_cpu.residual_add_reference import ELEMENTS, Array
+
+
+class Shape(ctypes.Structure):
+    """fastres::batch_norm_residual::Shape."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "places")),
+        ("pixels", ctypes.c_bool),
+    )
+
+
+def fields(pointers: str, flags: tuple[str, ...]) -> list[tuple[str, type]]:
+    """Return the fields that both structures are made of."""
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *(("gate_stride", ctypes.c_int64), ("shape", Shape), ("eps", ctypes.c_double)),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_bool) for name in flags),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class Args(ctypes.Structure):
+    """fastres::batch_norm_residual::Args."""
+
+    _fields_ = fields("x f weight bias gate y sums mean var mask", ("relu", "training"))
+
+
+class BackwardArgs(ctypes.Structure):
+    """fastres::batch_norm_residual::BackwardArgs."""
+
+    _fields_ = fields("gy f weight bias gate mean var mask gx gf gaffine ggate", ("training",))
+
+
+def laid_out(case: Case, values: Array) -> Array:
+    """Return [rows, C, S] values as they lie in memory, [rows, lines, length]."""
+    return np.ascontiguousarray(values.swapaxes(1, 2) if case.pixels else values)
+
+
+class Runner(ResidualAddRunner):
+    """Runs cases against one library in one order of the fibers."""
+
+    def forward(self, case: Case, given: Inputs) -> list[Array]:  # type: ignore[override]
+        """Check the forward pass; return all that it wrote: y, sums, mean, var, mask."""
+        element, exact = ELEMENTS[case.index], exact_forward(case, given)
+        x, f = laid_out(case, given.x), laid_out(case, given.f)
+        y, sums = element.empty(x.shape), np.full((3, case.rows), np.nan, element.wide)
+        mean, var = (
+            np.full_like(t, np.nan) if case.training else t.copy() for t in (given.mean, given.var)
+        )
+        mask = np.full((*x.shape[:2], (x.shape[2] + 7) // 8), 0xAA, np.uint8)
+        self.call(self.library.forward, Args(
+            *map(address, (x, f, given.weight, given.bias, given.gate, y, sums, mean, var)),
+            address(mask) if case.relu else None, case.gate == "rows", shape_of(case), EPS,
+            case.index, case.relu, case.training, None))  # fmt: skip
+        want = laid_out(case, exact["y"])
+        got = element.widen(y).astype(np.float64)
+        size = np.abs(laid_out(case, exact["p"])) + np.abs(element.widen(x)) + 1
+        close("y", got, np.maximum(want, 0) if case.relu else want,
+              1.01 * element.unit * np.abs(want) + 64 * element.wide_unit * size)  # fmt: skip
+        close("sums", sums, exact["sums"], 256 * element.wide_unit * (exact["scale"] + 1))
+        for name, got in (("mean", mean), ("var", var)):
+            close(name, got, exact[name], 16 * element.wide_unit * (np.abs(exact[name]) + 1))
+        if case.relu:
+            bits = np.packbits(element.widen(y) > 0, axis=2, bitorder="little")
+            expect("mask", np.array_equal(mask, bits))
+        return [y, sums, mean, var, mask]
+
+    def backward(  # type: ignore[override]
+        self, case: Case, given: Inputs, mean: Array, var: Array, mask: Array
+    ) -> list[Array]:
+        """Check the backward pass; return all that it wrote."""
+        element = ELEMENTS[case.index]
+        gy, f = laid_out(case, given.gy), laid_out(case, given.f)
+        keep = np.ones(gy.shape, bool)
+        if case.relu:
+            keep = np.unpackbits(mask, axis=2, bitorder="little")[..., : gy.shape[2]].astype(bool)
+            gy[~keep] = element.narrow(np.array([np.nan]))[0]  # a masked cotangent is 0
+        exact = exact_backward(case, given, keep.swapaxes(1, 2) if case.pixels else keep,
+                               exact_forward(case, given))  # fmt: skip
+        gf, gx = element.empty(gy.shape), element.empty(gy.shape) if case.relu else None
+        gaffine = np.full((2, case.channels), np.nan, element.wide) if case.wants_affine else None
+        ggate = np.full(case.rows, np.nan, element.wide) if case.wants_gate else None
+        self.call(self.library.backward, BackwardArgs(
+            *map(address, (gy, f, given.weight, given.bias, given.gate, mean, var)),
+            address(mask) if case.relu else None, *map(address, (gx, gf, gaffine, ggate)),
+            case.gate == "rows", shape_of(case), EPS, case.index, case.training,
+            None))  # fmt: skip
+        written = []
+        for name, got in (("gx", gx), ("gf", gf), ("gaffine", gaffine), ("ggate", ggate)):
+            if got is None:
+                continue
+            whole = name in ("gx", "gf")
+            want = laid_out(case, exact[name]) if whole else exact[name]
+            unit = 1.01 * element.unit if whole else 0
+            size = case.rows * case.places + case.channels * case.places
+            loose = 512 * element.wide_unit * (np.abs(want) + np.sqrt(size))
+            # half a step of float16's subnormal numbers
+            floor = 2.0**-25 if element.name == "float16" else 0
+            close(name, element.widen(got) if whole else got, want,
+                  unit * np.abs(want) + loose + floor)  # fmt: skip
+            written.append(got)
+        return written
+
+    def run(self, case: Case) -> list[Array]:  # type: ignore[override]
+        """Check both passes; an error names the case."""
+        given = inputs_of(case)
+        try:
+            written = self.forward(case, given)
+            return written + self.backward(case, given, *written[2:])
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n    {case}, seed {self.seed}") from None
+
+
+def shape_of(case: Case) -> Shape:
+    """Return the shape as the kernels take it."""
+    return Shape(case.rows, case.channels, case.places, case.pixels)
+
+
+def main() -> None:
+    """Run every case; an error ends it."""
+    runner, count = Runner(sys.argv[1], int(sys.argv[2])), 0
+    for case in cases(runner.seed):
+        runner.run(case)
+        count += 1
+    print(f"{count} cases, seed {runner.seed}")
+
+
+if __name__ == "__main__":
+    main()
