@@ -19,8 +19,7 @@ import fastres
 from benchmarks.case import OURS, Case, Variant
 from benchmarks.clocks import Call
 from benchmarks.command import run
-from fastres.nn import ResidualMLP
-from fastres.studies.paths_network import ResNet
+from fastres.nn import ResidualMLP, cifar_resnet
 
 NAME = "path_gradients"
 
@@ -69,7 +68,9 @@ def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     layers, blocks, longest = (8, 4, 2) if smoke else (110, 300, 32)
     images = (2, 3, 8, 8) if smoke else (8, 3, 32, 32)
     kept = 2 if smoke else 24
-    yield case(f"ResNet-{layers}", lambda: ResNet(layers), images, device, kept, 0 if smoke else 30)
+    yield case(
+        f"ResNet-{layers}", lambda: cifar_resnet(layers), images, device, kept, 0 if smoke else 30
+    )
     yield case(
         "ResidualMLP", lambda: ResidualMLP(64, 10, 64, blocks), (16, 64), device, longest
     )  # fmt: skip

@@ -1,6 +1,6 @@
-// tile_math for ctypes: its functions, and the activations of mlp_stack, on arrays of whole tiles.
+// tile_math for ctypes: its functions, and the activations of stacks, on arrays of whole tiles.
 #include "../csrc/common/tile_math.h"
-#include "../csrc/mlp_stack/activation.h"
+#include "../csrc/common/activation.h"
 
 namespace {
 
@@ -20,11 +20,10 @@ template <class A> void function(int which, const A* in, A* out, int64_t count) 
 
 template <class A>
 void activation(int which, const A* in, A* value_out, A* derivative_out, int64_t count) {
-  mlp_stack::pick_activation(static_cast<mlp_stack::Activation>(which), [&](auto picked) {
+  pick_activation(static_cast<Activation>(which), [&](auto picked) {
     constexpr auto kActivation = decltype(picked)::value;
-    each(in, value_out, count, [](const auto& t) { return mlp_stack::value<kActivation>(t); });
-    each(in, derivative_out, count,
-         [](const auto& t) { return mlp_stack::derivative<kActivation>(t); });
+    each(in, value_out, count, [](const auto& t) { return value<kActivation>(t); });
+    each(in, derivative_out, count, [](const auto& t) { return derivative<kActivation>(t); });
     return 0;
   });
 }

@@ -49,8 +49,8 @@ def requirements(extras: Iterable[str]) -> set[str]:
     for extra in open_extras:
         wanted += project["optional-dependencies"][extra]
     for requirement in wanted:
-        if own := re.fullmatch(rf"{project['name']}\[(\w+)\]", requirement):
-            found |= requirements([own[1]])
+        if own := re.fullmatch(rf"{project['name']}\[([\w,]+)\]", requirement):
+            found |= requirements(own[1].split(","))
         elif re.split(r"\W", requirement)[0] != "torch":
             found.add(requirement)
     return found
