@@ -151,8 +151,9 @@ void pivots(const Args& a, void* table) {
     using T = decltype(t);
     using A = typename Stored<T>::A;
     const int64_t step = a.shape.pixels ? 1 : a.shape.places;
+    const int64_t there = a.shape.any() ? 1 : 0;
     for (int64_t c = 0; c < a.shape.channels; ++c) {
-      const A value = load(static_cast<const T*>(a.f) + c * step, 1).v[0][0];
+      const A value = load(static_cast<const T*>(a.f) + c * step, there).v[0][0];
       static_cast<A*>(table)[kMean * padded(a.shape.channels) + c] =
           std::isfinite(value) ? value : 0;
     }

@@ -78,7 +78,7 @@ template <class T> struct Moments {
   Args a;
   A pivot;
   __device__ __forceinline__ void begin(const A*, int64_t c) {
-    pivot = read<T>(a.f, a.shape.pixels ? c : c * a.shape.places);
+    pivot = a.shape.any() ? read<T>(a.f, a.shape.pixels ? c : c * a.shape.places) : A(0);
     if (!(pivot - pivot == 0)) pivot = 0;  // not finite
   }
   __device__ __forceinline__ void add(int64_t, int64_t line, int64_t pos, double (&sum)[2]) const {

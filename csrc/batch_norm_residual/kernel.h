@@ -23,8 +23,9 @@ struct Shape {
   FASTRES_HD int64_t lines() const { return pixels ? places : channels; }
   FASTRES_HD int64_t length() const { return pixels ? channels : places; }
   FASTRES_HD int64_t cols() const { return channels * places; }
+  FASTRES_HD bool any() const { return rows > 0 && places > 0; }
   FASTRES_HD double count() const {  // values per channel; 1 of none, whose sums are 0
-    return rows * places > 0 ? double(rows) * places : 1;
+    return any() ? double(rows) * places : 1;
   }
   FASTRES_HD int64_t mask_cols() const { return lines() * ceil_div(length(), 8); }
 };
