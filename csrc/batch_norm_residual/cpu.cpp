@@ -151,9 +151,8 @@ void pivots(const Args& a, void* table) {
     using T = decltype(t);
     using A = typename Stored<T>::A;
     const int64_t step = a.shape.pixels ? 1 : a.shape.places;
-    const int64_t there = a.shape.any() ? 1 : 0;
     for (int64_t c = 0; c < a.shape.channels; ++c) {
-      const A value = load(static_cast<const T*>(a.f) + c * step, there).v[0][0];
+      const A value = load(static_cast<const T*>(a.f) + c * step, 1).v[0][0];
       static_cast<A*>(table)[kMean * padded(a.shape.channels) + c] =
           std::isfinite(value) ? value : 0;
     }
@@ -171,7 +170,7 @@ void moments(const Args& a, const void* table, double* slots, int64_t begin, int
 void fill_table(const Args& a, const double* slots, void* table) {
   visit_stored(a.dtype, [&](auto t) {
     using A = typename Stored<decltype(t)>::A;
-    if (slots) {
+    if (a.training) {
       const std::vector<double> total = join_slots(a.shape, slots);
       const A* pivot = static_cast<const A*>(table) + kMean * padded(a.shape.channels);
       const double count = a.shape.count();

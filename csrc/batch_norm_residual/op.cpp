@@ -27,13 +27,13 @@ void launch(const Args& a) {
   std::vector<double> table(kEntries * channels);
   std::vector<double> slots(a.training ? tasks.slots * 2 * channels : 0);
   std::vector<Sums<double>> partial(tasks.segments > 1 ? tasks.count : 0);
-  if (a.training && a.shape.rows * a.shape.places > 0) {
+  if (a.training && a.shape.any()) {
     pivots_for_this_cpu()(a, table.data());
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
       moments_for_this_cpu()(a, table.data(), slots.data(), begin, end);
     });
   }
-  fill_table_for_this_cpu()(a, a.training ? slots.data() : nullptr, table.data());
+  fill_table_for_this_cpu()(a, slots.data(), table.data());
   Sums<double>* const to = partial.empty() ? nullptr : partial.data();
   for_tasks(tasks, [&](int64_t begin, int64_t end) {
     forward_for_this_cpu()(a, table.data(), to, begin, end);
