@@ -1,7 +1,16 @@
 """conftest: devices, and what a skipped test means."""
 
+import contextlib
+import ctypes
+
 import pytest
 import torch
+
+# glibc fills what it allocates with the complement of the lowest byte, 0xff: what a kernel forgets
+# to write is NaN, and not 0 by luck.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    _M_PERTURB = -6
+    ctypes.CDLL(None).mallopt(_M_PERTURB, 0x100)
 
 
 def pytest_addoption(parser):
