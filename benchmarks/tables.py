@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import demo_report, li_claims, paths_report, veit_report
+from fastres.studies import demo_report, li_claims, li_report, paths_report, veit_report
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -145,10 +145,10 @@ def veit() -> str:
 def li() -> str:
     """Return what the study of shortcut depth found when docs/li was made, and of what."""
     content = json.loads((ROOT / "docs/li/report.json").read_text())
-    claims = [li_claims.Claim(**claim) for claim in content["claims"]]
+    parts = list(map(li_report.Part.parse, content["rows"]))
     arguments, environment = content["arguments"], content["environment"]
     return (
-        f"```\n{li_claims.text(claims)}\n```\n\n"
+        f"```\n{li_claims.text(parts)}\n```\n\n"
         f"{arguments['data']}; {arguments['training']}, {len(arguments['rates'])} rates, "
         f"{arguments['seeds']} seeds; torch {environment['torch']}, {environment['date'][:10]}.\n"
     )

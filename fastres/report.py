@@ -7,10 +7,10 @@ import io
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,25 +19,28 @@ import fastres
 from fastres.files import write
 from fastres.ops import native
 
+Row = TypeVar("Row")
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> list[Any]:
+def finished(path: Path, arguments: Mapping[str, Any], parse: Callable[[Any], Row]) -> list[Row]:
     """Read back the rows of an earlier run with the same arguments.
 
     Args:
         path: Its report.json.
         arguments: All that decides the result.
+        parse: Makes a row of what JSON holds; KeyError, TypeError or ValueError where it is none.
 
     Returns:
-        The rows as they were written; none where there is no such run.
+        The rows; none where there is no such run.
     """
     try:
         content = json.loads(path.read_text())
-        return list(content["rows"]) if content["arguments"] == arguments else []
+        return [parse(row) for row in content["rows"]] if content["arguments"] == arguments else []
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: not JSON
         return []
 

@@ -11,40 +11,41 @@ import torch
 
 from fastres.studies import demo
 from fastres.studies.demo import Options, run
-from fastres.studies.demo_report import Row
+from fastres.studies.demo_report import Row, laws_of
+from fastres.studies.resuming import Result
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory) -> tuple[demo.Result, Path]:
+def result(tmp_path_factory) -> tuple[Result[Row], Path]:
     """The demo as it is, at two of its depths."""
     out = tmp_path_factory.mktemp("demo")
     return run(Options(blocks=(30, 6), out=out), say=lambda _: None), out
 
 
 def test_at_most_5_percent_of_held_out_digits_are_wrong(result):
-    assert [row.blocks for row in result[0].rows] == [6, 30]
-    assert max(row.error for row in result[0].rows) <= 0.05
+    assert [row.blocks for row in result[0].parts] == [6, 30]
+    assert max(row.error for row in result[0].parts) <= 0.05
 
 
 def test_at_most_5_percent_are_wrong_at_300_blocks_after_5_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "recording_cost", lambda *_: 1.0)
     options = Options(blocks=(300,), width=32, epochs=5, out=tmp_path)
-    assert run(options, say=lambda _: None).rows[0].error <= 0.05
+    assert run(options, say=lambda _: None).parts[0].error <= 0.05
 
 
 def test_the_perturbation_shrinks_with_depth_and_is_that_of_its_blocks(result):
-    shallow, deep = result[0].rows
+    shallow, deep = result[0].parts
     assert deep.scaled < shallow.scaled
     assert deep.absolute < shallow.absolute
-    assert result[0].laws["scaled"].exponent < 0
-    for row in result[0].rows:
+    assert laws_of(result[0].parts)["scaled"].exponent < 0
+    for row in result[0].parts:
         assert row.scaled == pytest.approx(sum(row.profile_scaled) / row.blocks)
         assert row.absolute == pytest.approx(sum(row.profile_absolute) / row.blocks)
         assert row.record_cost > 0.5
 
 
 def test_before_training_each_block_adds_1_over_sqrt_l(result):
-    for row in result[0].rows:  # what the initialisation promises, measured through record
+    for row in result[0].parts:  # what the initialisation promises, measured through record
         assert row.scaled_start == pytest.approx(row.blocks**-0.5, rel=0.15)
 
 
@@ -53,13 +54,13 @@ def test_the_report_is_whole(result):
     names = {"report.json", "table.csv", "perturbation.png", "power_law.png"}
     assert {path.name for path in out.iterdir()} == names
     content = json.loads((out / "report.json").read_text())
-    assert [Row.parse(entry) for entry in content["rows"]] == list(found.rows)
+    assert [Row.parse(entry) for entry in content["rows"]] == list(found.parts)
     assert content["arguments"]["seed"] == 0
     assert content["environment"]["threads"] == 1
-    assert content["power_laws"]["scaled"]["exponent"] == found.laws["scaled"].exponent
+    assert content["power_laws"]["scaled"]["exponent"] == laws_of(found.parts)["scaled"].exponent
     with (out / "table.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [float(line["scaled"]) for line in table] == [row.scaled for row in found.rows]
+    assert [float(line["scaled"]) for line in table] == [row.scaled for row in found.parts]
 
 
 # From here on nothing need be learned: no epochs, two blocks, and no time spent on timing.
@@ -84,8 +85,8 @@ def test_the_same_seed_gives_the_same_rows_bit_for_bit(quick):
     torch.rand(7)  # the caller's own draws do not matter
     again = run(changed(quick, fresh=True), say=lambda _: None)
     other = run(changed(quick, seed=1), say=lambda _: None)
-    assert list(map(measured, first.rows)) == list(map(measured, again.rows))
-    assert list(map(measured, first.rows)) != list(map(measured, other.rows))
+    assert list(map(measured, first.parts)) == list(map(measured, again.parts))
+    assert list(map(measured, first.parts)) != list(map(measured, other.parts))
 
 
 def test_it_leaves_the_callers_generator_and_threads_alone(quick):
@@ -111,14 +112,14 @@ def test_ctrl_c_leaves_what_is_finished_and_the_same_command_goes_on(quick, monk
     said: list[str] = []
     stopped = run(quick, said.append)
     assert stopped.interrupted
-    assert [row.blocks for row in stopped.rows] == [1]
+    assert [row.blocks for row in stopped.parts] == [1]
     assert json.loads((quick.out / "report.json").read_text())["rows"][0]["blocks"] == 1
     assert (quick.out / "perturbation.png").is_file()
 
     finished = run(quick, said.append)
     assert trained == [1, 2, 2]
-    assert [row.blocks for row in finished.rows] == [1, 2]
-    assert finished.rows[0] == stopped.rows[0]
+    assert [row.blocks for row in finished.parts] == [1, 2]
+    assert finished.parts[0] == stopped.parts[0]
     assert any("finished before" in line and "--fresh" in line for line in said)
 
 
@@ -140,14 +141,14 @@ def test_other_data_of_the_same_name_and_counts_take_nothing_over(quick, monkeyp
     other = dataclasses.replace(digits, test_x=digits.test_x.flip(0))
     monkeypatch.setattr(demo, "load", lambda *_: other)
     said: list[str] = []
-    assert len(run(quick, said.append).rows) == 2
+    assert len(run(quick, said.append).parts) == 2
     assert not any("finished before" in line for line in said)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": {}, "rows": [{}]}', "\0"])
 def test_a_report_that_cannot_be_read_is_not_taken_over(quick, content):
     (quick.out / "report.json").write_text(content)
-    assert len(run(quick, say=lambda _: None).rows) == 2
+    assert len(run(quick, say=lambda _: None).parts) == 2
 
 
 def test_the_table_is_printed_once_with_its_laws(quick):
@@ -209,4 +210,4 @@ def test_a_model_that_does_not_fit_into_memory_is_named(quick, monkeypatch):
 
 
 def test_the_greatest_seed_is_taken(quick):
-    assert len(run(changed(quick, seed=(1 << 64) - 1), say=lambda _: None).rows) == 2
+    assert len(run(changed(quick, seed=(1 << 64) - 1), say=lambda _: None).parts) == 2

@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +14,11 @@ from typing import Any, Final
 import torch
 
 import fastres
-from fastres import report
-from fastres.analysis.depth import PowerLaw
 from fastres.data import Data, load
 from fastres.nn import ResidualMLP
 from fastres.record import Tape, record
-from fastres.studies.demo_report import Row, draw, finished, laws_of, save, text
+from fastres.studies.demo_report import Row, draw, summary, text
+from fastres.studies.resuming import Form, Result, measure_all
 from fastres.threads import threads
 from fastres.training import Recipe, Stepper, evaluate, evaluating, train
 
@@ -59,16 +58,7 @@ class Options:
                 raise ValueError(f"demo: {name} must be <= {high}, got {value}")
 
 
-@dataclass(frozen=True)
-class Result:
-    """The rows by depth, the laws that two or more of them give, and whether Ctrl-C ended it."""
-
-    rows: tuple[Row, ...]
-    laws: dict[str, PowerLaw]  # of "absolute" and "scaled"
-    interrupted: bool
-
-
-def run(options: Options, say: Callable[[str], None] = print) -> Result:
+def run(options: Options, say: Callable[[str], None] = print) -> Result[Row]:
     """Train and measure every depth; write the report after each.
 
     Ctrl-C ends it early and leaves a whole report of the depths that are finished; the same
@@ -88,38 +78,22 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
     """
     device = _device(options.device)
     data = load(options.data, options.data_root)
-    report.prepare_folder(options.out)
-    arguments = _arguments(options, data)
-    depths = sorted(set(options.blocks))
-    before = {} if options.fresh else finished(options.out / "report.json", arguments)
-    rows = {blocks: before[blocks] for blocks in depths if blocks in before}
-    if rows:
-        known = ", ".join(map(str, rows))
-        say(f"finished before, in {options.out}: {known} blocks (--fresh starts over)")
-    interrupted = False
-    try:
-        for blocks in depths:
-            if blocks not in rows:
-                with threads(options.threads):
-                    rows[blocks] = measure(blocks, options, data, device)
-                    environment = report.environment(device)
-                save(options.out, arguments, environment, [rows[n] for n in depths if n in rows])
-    except KeyboardInterrupt:
-        interrupted = True
-    done = tuple(rows[blocks] for blocks in depths if blocks in rows)
-    _present(done, options.out, say)
-    return Result(done, laws_of(done), interrupted)
+    with threads(options.threads):
+        return measure_all(
+            FORM,
+            sorted(set(options.blocks)),
+            lambda blocks, _: measure(blocks, options, data, device),
+            _arguments(options, data),
+            options.out,
+            options.fresh,
+            say,
+            "depths",
+            device,
+            with_bar=False,
+        )
 
 
-def _present(rows: Sequence[Row], out: Path, say: Callable[[str], None]) -> None:
-    if not rows:
-        return
-    say(f"\n{text(rows)}")
-    try:
-        draw(out, rows)
-    except ModuleNotFoundError as error:
-        say(str(error))
-    say(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+FORM: Final = Form(Row.parse, summary, list, text, draw)
 
 
 def measure(blocks: int, options: Options, data: Data, device: torch.device) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ class Row:
     profile_absolute: list[float]  # [L], mean over test samples
     profile_scaled: list[float]  # [L]
 
+    @property
+    def key(self) -> int:
+        """The depth."""
+        return self.blocks
+
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Row:
         """Rebuild a row from JSON; KeyError, TypeError or ValueError where it is not one."""
@@ -46,23 +51,6 @@ class Row:
         return row
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> dict[int, Row]:
-    """Read back the rows of an earlier run with the same arguments.
-
-    Args:
-        path: Its report.json.
-        arguments: All that decides the result.
-
-    Returns:
-        The rows by depth; empty where there is no such run.
-    """
-    try:
-        rows = map(Row.parse, report.finished(path, arguments))
-        return {row.blocks: row for row in rows}
-    except (ValueError, KeyError, TypeError):
-        return {}
-
-
 def laws_of(rows: Sequence[Row]) -> dict[str, PowerLaw]:
     """Fit both perturbations against the number of blocks; empty below two depths."""
     if len(rows) < 2:
@@ -74,19 +62,14 @@ def laws_of(rows: Sequence[Row]) -> dict[str, PowerLaw]:
     }
 
 
-def save(
-    out: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any], rows: Sequence[Row]
-) -> None:
-    """Write report.json, from which a run can go on, and table.csv."""
-    laws = {
-        kind: {k: None if math.isnan(v) else v for k, v in law._asdict().items()}
-        for kind, law in laws_of(rows).items()
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Give the power laws to report.json, None for what is not a number."""
+    return {
+        "power_laws": {
+            kind: {k: None if math.isnan(v) else v for k, v in law._asdict().items()}
+            for kind, law in laws_of(rows).items()
+        }
     }
-    content = {"arguments": arguments, "environment": environment, "power_laws": laws}
-    entries = [asdict(row) for row in rows]
-    report.write_json(out / "report.json", {**content, "rows": entries})
-    columns = [f.name for f in fields(Row) if not f.name.startswith("profile")]
-    report.write_csv(out / "table.csv", columns, [[e[c] for c in columns] for e in entries])
 
 
 def table(rows: Sequence[Row]) -> str:

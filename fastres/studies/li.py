@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 import fastres
-from fastres import plots, report
+from fastres import plots
 from fastres.data import read
-from fastres.progress import bar
-from fastres.studies.li_claims import claims_of, text
+from fastres.studies.li_claims import summary, text
 from fastres.studies.li_data import Task, task
 from fastres.studies.li_pieces import Options, Study, pieces
 from fastres.studies.li_plots import figure
-from fastres.studies.li_report import Part, finished, save
+from fastres.studies.li_report import Part, rows_of
+from fastres.studies.resuming import Form, Result, measure_all
 from fastres.threads import threads
 
 
-@dataclass(frozen=True)
-class Result:
-    """The parts that are done, and whether Ctrl-C ended it."""
-
-    parts: tuple[Part, ...]
-    interrupted: bool
-
-
-def run(options: Options, say: Callable[[str], None] = print) -> Result:
+def run(options: Options, say: Callable[[str], None] = print) -> Result[Part]:
     """Train all networks, look at their Hessians, and write the report after each part.
 
     Ctrl-C ends it early and leaves a whole report of the parts that are finished; the same options
@@ -49,44 +40,22 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
         OSError: If a file is missing or the output folder cannot be written to.
     """
     study = prepare(options)
-    report.prepare_folder(options.out)
-    arguments = _arguments(options, study)
-    parts = [] if options.fresh else finished(options.out / "report.json", arguments)
-    if parts:
-        say(f"finished before, in {options.out}: {len(parts)} parts (--fresh starts over)")
-    known = {part.name for part in parts}
-    work = [piece for piece in pieces(options) if piece.name not in known]
-    interrupted = False
-    try:
-        with bar("parts" if work else None, len(work), unit="part") as shown:
-            for piece in work:
-                rows = [row for part in parts for row in part.rows]
-                with threads(1):  # the matrices are small: a second thread waits for the first
-                    parts.append(Part(piece.name, tuple(piece.rows(study, options, rows))))
-                _save(options.out, arguments, parts)
-                shown.update(1)
-    except KeyboardInterrupt:
-        interrupted = True
-    if parts:
-        _save(options.out, arguments, parts)  # claims by this version, also where no part was left
-        _present(parts, options.out, say)
-    return Result(tuple(parts), interrupted)
+    plan = {piece.name: piece for piece in pieces(options)}
+
+    def measure(name: str, parts: Sequence[Part]) -> Part:
+        return Part(name, tuple(plan[name].rows(study, options, rows_of(parts))))
+
+    with threads(1):  # the matrices are small: a second thread waits for the first
+        return measure_all(
+            FORM, list(plan), measure, _arguments(options, study), options.out, options.fresh, say
+        )
 
 
-def _save(out: Path, arguments: dict[str, Any], parts: list[Part]) -> None:
-    rows = [row for part in parts for row in part.rows]
-    environment = report.environment(torch.device("cpu"))
-    save(out, arguments, environment, parts, claims_of(rows))
+def _draw(out: Path, parts: Sequence[Part]) -> None:
+    plots.save(figure(rows_of(parts)), out / "li.png")
 
 
-def _present(parts: list[Part], out: Path, say: Callable[[str], None]) -> None:
-    rows = [row for part in parts for row in part.rows]
-    say(f"\n{text(claims_of(rows))}\n")
-    try:
-        plots.save(figure(rows), out / "li.png")
-    except ModuleNotFoundError as error:
-        say(str(error))
-    say(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+FORM: Final = Form(Part.parse, summary, rows_of, text, _draw)
 
 
 def prepare(options: Options) -> Study:

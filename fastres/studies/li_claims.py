@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from fastres import report
+from fastres.studies import claims
+from fastres.studies.claims import Claim
 from fastres.studies.li_compare import (
     PLAIN,
     below,
@@ -19,16 +21,7 @@ from fastres.studies.li_compare import (
     depths_of,
     is_near,
 )
-from fastres.studies.li_report import Row, best, select
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One statement of the paper."""
-
-    paper: str
-    measured: str
-    agrees: bool
+from fastres.studies.li_report import Part, Row, best, rows_of, select
 
 
 def claims_of(rows: Sequence[Row]) -> list[Claim]:
@@ -41,10 +34,14 @@ def claims_of(rows: Sequence[Row]) -> list[Claim]:
     return [claim for claim in found if claim is not None]
 
 
-def text(claims: Sequence[Claim]) -> str:
+def summary(parts: Sequence[Part]) -> dict[str, Any]:
+    """Give the claims to report.json."""
+    return {"claims": [asdict(claim) for claim in claims_of(rows_of(parts))]}
+
+
+def text(parts: Sequence[Part]) -> str:
     """Lay out the claims for a terminal."""
-    lines = [(c.paper, c.measured, "yes" if c.agrees else "no") for c in claims]
-    return report.table(("paper says", "measured here", "agrees"), lines)
+    return claims.text(claims_of(rows_of(parts)))
 
 
 def _initial(rows: Sequence[Row]) -> Claim | None:
@@ -53,7 +50,8 @@ def _initial(rows: Sequence[Row]) -> Claim | None:
         return None
     low, high = min(found.values()), max(found.values())
     return Claim(
-        "2-shortcut: the initial condition number does not depend on the depth",
+        "2-shortcut, condition number at the start",
+        "does not depend on depth",
         f"{low:.4g} to {high:.4g} at depths {min(found)} to {max(found)}",
         high / low < 1.01,
     )
@@ -66,7 +64,8 @@ def _growth(rows: Sequence[Row]) -> Claim | None:
     ends = [(c[min(c)], c[max(c)]) for c in (xavier, orthogonal)]
     rising = all([*c.values()] == sorted(c.values()) for c in (xavier, orthogonal))
     return Claim(
-        "plain: it grows without bound, fastest with Xavier",
+        "plain, condition number at the start",
+        "grows without bound, fastest with Xavier",
         "Xavier {:.3g} to {:.1e}, orthogonal {:.3g} to {:.3g}".format(*ends[0], *ends[1]),
         rising and ends[0][1] / ends[0][0] > ends[1][1] / ends[1][0],
     )
@@ -78,8 +77,9 @@ def _one_shortcut(rows: Sequence[Row]) -> Claim | None:
     if not both:
         return None
     return Claim(
-        "1-shortcut: as a plain network with orthogonal weights",
-        f"condition numbers within a factor of {max(both):.2f}",
+        "1-shortcut, condition number at the start",
+        "as plain with orthogonal weights",
+        f"within a factor of {max(both):.2f}",
         max(both) < 1.1,
     )
 
@@ -92,7 +92,8 @@ def _flat(rows: Sequence[Row]) -> Claim | None:
     steep = max(row.largest or 0 for row in chosen)
     usual = min(row.largest or 0 for row in other)
     return Claim(
-        "3-shortcut: the Hessian is zero at zero",
+        "3-shortcut, Hessian at zero",
+        "zero",
         f"|eigenvalues| at most {steep / usual:.1e} of the 2-shortcut's",
         steep < 0.05 * usual,
     )
@@ -103,7 +104,8 @@ def _on_the_way(rows: Sequence[Row]) -> Claim | None:
     if not total:
         return None
     return Claim(
-        "on the way: 2-shortcut always better conditioned at the same loss",
+        "on the way, conditioning at the same loss",
+        "2-shortcut always better",
         f"at {fewer} of {total} looks",
         fewer == total,
     )
@@ -114,7 +116,8 @@ def _index(rows: Sequence[Row]) -> Claim | None:
     if not total:
         return None
     return Claim(
-        "on the way: 2-shortcut always with a smaller index at the same loss",
+        "on the way, index at the same loss",
+        "2-shortcut always smaller",
         f"at {fewer} of {total} looks",
         fewer == total,
     )
@@ -132,7 +135,8 @@ def _at_the_end(rows: Sequence[Row]) -> Claim | None:
     if not ratios:
         return None
     return Claim(
-        "near the minimum: similar condition numbers",
+        "near the minimum, condition numbers",
+        "similar",
         f"those that got there differ by a factor of {max(ratios):.2g}",
         max(ratios) < 10,
     )
@@ -147,7 +151,8 @@ def _drop(rows: Sequence[Row]) -> Claim | None:
     if not apart:
         return None
     return Claim(
-        "2-shortcut: the gradient norm peaks when the index drops",
+        "2-shortcut, peak of the gradient norm",
+        "when the index drops",
         f"at most {max(apart)} of {len(ways[0])} looks apart",
         max(apart) <= 2,
     )
@@ -162,7 +167,8 @@ def _final(rows: Sequence[Row]) -> Claim | None:
     if any(map(math.isnan, worst)):
         return None
     return Claim(
-        "linear, best rate: 2-shortcut near the optimum at all depths",
+        "linear, final loss at the best rate",
+        "2-shortcut near the optimum at all depths",
         "loss less the best map's at most {:.1e}; Xavier {:.1e}, orthogonal {:.1e}".format(*worst),
         worst[0] < 1e-3,
     )
@@ -179,7 +185,8 @@ def _bent(rows: Sequence[Row]) -> Claim | None:
         if ours < min(theirs):
             lower.append(str(depth))
     return Claim(
-        "relu in the middle, best rate: 2-shortcut finds the optimum, plain ones do not",
+        "relu in the middle, likewise",
+        "2-shortcut finds the optimum, plain do not",
         f"lower than both at depths {', '.join(lower) or 'none'}, of {depths[0]} to {depths[-1]}",
         len(lower) == len(depths),
     )
@@ -196,7 +203,8 @@ def _rates(rows: Sequence[Row]) -> Claim | None:
         found[net] = chosen.highest
     ours, *others = found.values()
     return Claim(
-        "2-shortcut tolerates higher rates",
+        "highest rate that does not diverge",
+        "2-shortcut tolerates more",
         "at the greatest depth {:.3g}; 1-shortcut {:.3g}, Xavier {:.3g}, orthogonal {:.3g}".format(
             ours, *others
         ),
@@ -210,7 +218,8 @@ def _norms(rows: Sequence[Row]) -> Claim | None:
     if len(norms) < 2:
         return None
     return Claim(
-        "2-shortcut: the mean norm of the trained matrices falls with the depth",
+        "2-shortcut, mean norm of trained matrices",
+        "falls with depth",
         f"{norms[0]:.3g} to {norms[-1]:.3g}",
         norms == sorted(norms, reverse=True),
     )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Final
-
-from fastres import report
 
 KINDS: Final = ("initial", "final", "course")
 
@@ -67,6 +64,11 @@ class Part:
     name: str
     rows: tuple[Row, ...]
 
+    @property
+    def key(self) -> str:
+        """Names the part."""
+        return self.name
+
     @classmethod
     def parse(cls, entry: Any) -> Part:
         """Read a part of report.json; errors as those of `Row.parse`."""
@@ -114,29 +116,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> list[Part]:
-    """Read back the parts of an earlier run with the same arguments; none where there is none."""
-    try:
-        return [Part.parse(entry) for entry in report.finished(path, arguments)]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def save(
-    out: Path,
-    arguments: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    parts: Sequence[Part],
-    claims: Sequence[Any],
-) -> None:
-    """Write report.json, from which a run can go on, and table.csv, a line per row."""
-    content = {
-        "arguments": arguments,
-        "environment": environment,
-        "claims": [asdict(claim) for claim in claims],
-        "rows": [asdict(part) for part in parts],
-    }
-    report.write_json(out / "report.json", content)
-    columns = [f.name for f in fields(Row)]
-    lines = [[getattr(row, c) for c in columns] for part in parts for row in part.rows]
-    report.write_csv(out / "table.csv", columns, lines)
+def rows_of(parts: Iterable[Part]) -> list[Row]:
+    """List the rows of all parts."""
+    return [row for part in parts for row in part.rows]

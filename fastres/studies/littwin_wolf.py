@@ -8,7 +8,7 @@ not given; they are Options here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import fastres
-from fastres import plots, report
+from fastres import plots
 from fastres.analysis.depth_tracker import DepthTracker
-from fastres.progress import bar
 from fastres.sites import add
 from fastres.studies.littwin_wolf_plots import figure
-from fastres.studies.littwin_wolf_report import Part, finished, save, text
+from fastres.studies.littwin_wolf_report import Part, rows_of, summary, text
+from fastres.studies.resuming import Form, Result, measure_all
 
 INPUTS: Final = 50
 CLASSES: Final = 10
@@ -105,15 +105,7 @@ def gaussians(options: Options, seed: int) -> tuple[Tensor, Tensor]:
     return means[which] + torch.randn(shape, generator=source), which % CLASSES
 
 
-@dataclass(frozen=True)
-class Result:
-    """The seeds that are measured, and whether Ctrl-C ended it."""
-
-    parts: tuple[Part, ...]
-    interrupted: bool
-
-
-def run(options: Options, say: Callable[[str], None] = print) -> Result:
+def run(options: Options, say: Callable[[str], None] = print) -> Result[Part]:
     """Train both networks with every seed; write the report after each.
 
     Ctrl-C ends it early and leaves a whole report of what is finished; the same options again go
@@ -131,34 +123,23 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
         OSError: If the output folder cannot be written to.
         FloatingPointError: If a loss is not finite.
     """
-    report.prepare_folder(options.out)
-    arguments = _arguments(options)
-    parts = [] if options.fresh else finished(options.out / "report.json", arguments)
-    if parts:
-        say(f"finished before, in {options.out}: {len(parts)} networks (--fresh starts over)")
-    known = {(part.network, part.seed) for part in parts}
-    left = [(s, n) for s in range(options.seeds) for n in NETWORKS if (n, s) not in known]
-    interrupted = False
-    try:
-        with bar("networks" if left else None, len(left), unit="network") as shown:
-            for seed, network in left:
-                parts.append(measure(network, seed, options))
-                save(options.out, arguments, report.environment(torch.device("cpu")), parts)
-                shown.update(1)
-    except KeyboardInterrupt:
-        interrupted = True
-    if parts:
-        _present(parts, options.out, say)
-    return Result(tuple(parts), interrupted)
+    return measure_all(
+        FORM,
+        [(network, seed) for seed in range(options.seeds) for network in NETWORKS],
+        lambda key, _: measure(*key, options),
+        _arguments(options),
+        options.out,
+        options.fresh,
+        say,
+        "networks",
+    )
 
 
-def _present(parts: list[Part], out: Path, say: Callable[[str], None]) -> None:
-    say(f"\n{text(parts)}\n")
-    try:
-        plots.save(figure(parts), out / "deepening.png")
-    except ModuleNotFoundError as error:
-        say(str(error))
-    say(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+def _draw(out: Path, parts: Sequence[Part]) -> None:
+    plots.save(figure(parts), out / "deepening.png")
+
+
+FORM: Final = Form(Part.parse, summary, rows_of, text, _draw)
 
 
 def measure(network: str, seed: int, options: Options) -> Part:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from fastres import report
 from fastres.analysis.path_scales import (
     critical_points,
     heaviest,
@@ -35,6 +33,11 @@ class Part:
     beta: list[float]  # that the gains of the branches imply
     mean_length: list[float]  # by the gains
     exact_length: list[float]  # by the gradient
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which network, and with which seed."""
+        return self.network, self.seed
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Part:
@@ -153,25 +156,6 @@ def text(parts: Sequence[Part]) -> str:
     return claims.text(claims_of(parts))
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> list[Part]:
-    """Read back the trainings of an earlier run with the same arguments, if there is one."""
-    try:
-        return [Part.parse(entry) for entry in report.finished(path, arguments)]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def save(
-    out: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any], parts: Sequence[Part]
-) -> None:
-    """Write report.json, from which a run can go on, and table.csv, a line per epoch."""
-    content = {
-        "arguments": arguments,
-        "environment": environment,
-        "claims": [asdict(claim) for claim in claims_of(parts)],
-        "rows": [asdict(part) for part in parts],
-    }
-    report.write_json(out / "report.json", content)
-    columns = [f.name for f in fields(Row)]
-    rows = [[getattr(row, c) for c in columns] for row in rows_of(parts)]
-    report.write_csv(out / "table.csv", columns, rows)
+def summary(parts: Sequence[Part]) -> dict[str, Any]:
+    """Give the claims to report.json."""
+    return {"claims": [asdict(claim) for claim in claims_of(parts)]}

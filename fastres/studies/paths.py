@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,22 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import fastres
-from fastres import plots, report
+from fastres import plots
 from fastres.data import find_folder, read
 from fastres.formats import Bytes
 from fastres.paths import path_gradients
-from fastres.progress import bar
 from fastres.studies.paths_network import FILES, trained, untrained
 from fastres.studies.paths_plots import figure
-from fastres.studies.paths_report import (
-    NETWORKS,
-    Part,
-    finished,
-    rows_of,
-    save,
-    summarise,
-    text,
-)
+from fastres.studies.paths_report import NETWORKS, Part, rows_of, summarise, summary, text
+from fastres.studies.resuming import Form, Result, measure_all
 
 # What the public weights were trained with.
 MEAN: Final = (0.485, 0.456, 0.406)
@@ -83,15 +75,7 @@ class Study:
     checksum: str  # of images and weights
 
 
-@dataclass(frozen=True)
-class Result:
-    """The batches that are measured, and whether Ctrl-C ended it."""
-
-    parts: tuple[Part, ...]
-    interrupted: bool
-
-
-def run(options: Options, say: Callable[[str], None] = print) -> Result:
+def run(options: Options, say: Callable[[str], None] = print) -> Result[Part]:
     """Measure both networks on every batch of test images; write the report after each.
 
     Ctrl-C ends it early and leaves a whole report of the batches that are finished; the same
@@ -109,35 +93,24 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
         OSError: If a file is missing or the output folder cannot be written to.
     """
     study = prepare(options)
-    report.prepare_folder(options.out)
-    arguments = _arguments(options, study)
-    parts = [] if options.fresh else finished(options.out / "report.json", arguments)
-    if parts:
-        say(f"finished before, in {options.out}: {len(parts)} batches (--fresh starts over)")
-    known = {(part.network, part.batch) for part in parts}
-    left = [(b, n) for b in range(options.batches) for n in NETWORKS if (n, b) not in known]
-    interrupted = False
-    try:
-        with bar("batches" if left else None, len(left), unit="batch") as shown:
-            for batch, network in left:
-                parts.append(measure(network, batch, study, options))
-                save(options.out, arguments, report.environment(study.x.device), parts)
-                shown.update(1)
-    except KeyboardInterrupt:
-        interrupted = True
-    if parts:
-        _present(parts, options.out, say)
-    return Result(tuple(parts), interrupted)
+    return measure_all(
+        FORM,
+        [(network, batch) for batch in range(options.batches) for network in NETWORKS],
+        lambda key, _: measure(*key, study, options),
+        _arguments(options, study),
+        options.out,
+        options.fresh,
+        say,
+        "batches",
+    )
 
 
-def _present(parts: list[Part], out: Path, say: Callable[[str], None]) -> None:
-    say(f"\n{text(parts)}\n")
-    try:
-        rows = rows_of(parts)
-        plots.save(figure(rows, summarise(rows, parts)), out / "paths.png")
-    except ModuleNotFoundError as error:
-        say(str(error))
-    say(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+def _draw(out: Path, parts: Sequence[Part]) -> None:
+    rows = rows_of(parts)
+    plots.save(figure(rows, summarise(rows, parts)), out / "paths.png")
+
+
+FORM: Final = Form(Part.parse, summary, rows_of, text, _draw)
 
 
 def prepare(options: Options) -> Study:

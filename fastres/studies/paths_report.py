@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +29,11 @@ class Part:
     norm: list[float]  # [L+1], ||G_k||
     energy: list[float]  # [L+1], mean over draws
     mean_norm: list[float]  # [L+1], mean over draws
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which network, on which batch."""
+        return self.network, self.batch
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Part:
@@ -176,32 +180,7 @@ def _span(interval: tuple[int, int]) -> str:
     return f"{interval[0]} to {interval[1]}"
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> list[Part]:
-    """Read back the batches of an earlier run with the same arguments.
-
-    Args:
-        path: Its report.json.
-        arguments: All that decides the result.
-
-    Returns:
-        The batches; none where there is no such run.
-    """
-    try:
-        return [Part.parse(entry) for entry in report.finished(path, arguments)]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def save(
-    out: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any], parts: Sequence[Part]
-) -> None:
-    """Write report.json, from which a run can go on, and table.csv, a line per length."""
-    rows = rows_of(parts)
-    content = {"arguments": arguments, "environment": environment}
-    summary = {network: asdict(s) for network, s in summarise(rows, parts).items()}
-    batches = [asdict(part) for part in parts]
-    report.write_json(out / "report.json", {**content, "summary": summary, "rows": batches})
-    columns = [f.name for f in fields(Row)]
-    report.write_csv(
-        out / "table.csv", columns, [[getattr(row, c) for c in columns] for row in rows]
-    )
+def summary(parts: Sequence[Part]) -> dict[str, Any]:
+    """Give the summary of each network to report.json."""
+    found = summarise(rows_of(parts), parts)
+    return {"summary": {network: asdict(each) for network, each in found.items()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres import plots, report
+from fastres import plots
 from fastres.analysis.lesion import delete, random_sets
 from fastres.analysis.reordering import random_orders, reorder
 from fastres.data import find_folder, read
-from fastres.progress import bar
 from fastres.sites import Site, trace
 from fastres.studies.paths import normalised
 from fastres.studies.paths_network import FILES, trained
+from fastres.studies.resuming import Form, Result, measure_all
 from fastres.studies.veit_plots import figure
-from fastres.studies.veit_report import Part, finished, part_of, rows_of, save, text
+from fastres.studies.veit_report import Part, part_of, rows_of, summary, text
 
 CALIBRATING: Final = 512  # training images that give batch norm new statistics
 # What is done, and to how many blocks: first a little of everything, then what lies between.
@@ -74,15 +74,7 @@ class Study:
     checksum: str  # of images and weights
 
 
-@dataclass(frozen=True)
-class Result:
-    """The parts that are measured, and whether Ctrl-C ended it."""
-
-    parts: tuple[Part, ...]
-    interrupted: bool
-
-
-def run(options: Options, say: Callable[[str], None] = print) -> Result:
+def run(options: Options, say: Callable[[str], None] = print) -> Result[Part]:
     """Delete and reorder blocks, and write the report after each part.
 
     Ctrl-C ends it early and leaves a whole report of the parts that are finished; the same options
@@ -100,34 +92,22 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result:
         OSError: If a file is missing or the output folder cannot be written to.
     """
     study = prepare(options)
-    report.prepare_folder(options.out)
-    arguments = _arguments(options, study)
-    parts = [] if options.fresh else finished(options.out / "report.json", arguments)
-    if parts:
-        say(f"finished before, in {options.out}: {len(parts)} parts (--fresh starts over)")
-    known = {(part.kind, part.number) for part in parts}
-    left = [each for each in PLANS[options.depth] if each not in known]
-    interrupted = False
-    try:
-        with bar("parts" if left else None, len(left), unit="part") as shown:
-            for kind, number in left:
-                parts.append(measure(kind, number, study, options))
-                save(options.out, arguments, report.environment(study.x.device), parts)
-                shown.update(1)
-    except KeyboardInterrupt:
-        interrupted = True
-    if parts:
-        _present(parts, options.out, say)
-    return Result(tuple(parts), interrupted)
+    return measure_all(
+        FORM,
+        PLANS[options.depth],
+        lambda key, _: measure(*key, study, options),
+        _arguments(options, study),
+        options.out,
+        options.fresh,
+        say,
+    )
 
 
-def _present(parts: list[Part], out: Path, say: Callable[[str], None]) -> None:
-    say(f"\n{text(parts)}\n")
-    try:
-        plots.save(figure(rows_of(parts)), out / "lesions.png")
-    except ModuleNotFoundError as error:
-        say(str(error))
-    say(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+def _draw(out: Path, parts: Sequence[Part]) -> None:
+    plots.save(figure(rows_of(parts)), out / "lesions.png")
+
+
+FORM: Final = Form(Part.parse, summary, rows_of, text, _draw)
 
 
 def prepare(options: Options) -> Study:

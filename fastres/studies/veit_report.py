@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import correlation, fmean
 from typing import Any, Final
 
-from fastres import report
 from fastres.analysis.lesions import Lesions, Reorderings
 from fastres.studies import claims
 from fastres.studies.claims import Claim
@@ -32,6 +30,11 @@ class Part:
     tau: list[float]  # Kendall's, of each
     error: list[float]
     change_error: list[float]  # standard error of the change
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What is done, and to how many blocks."""
+        return self.kind, self.number
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Part:
@@ -214,25 +217,6 @@ def text(parts: Sequence[Part]) -> str:
     return claims.text(claims_of(parts))
 
 
-def finished(path: Path, arguments: Mapping[str, Any]) -> list[Part]:
-    """Read back the parts of an earlier run with the same arguments; none where there is none."""
-    try:
-        return [Part.parse(entry) for entry in report.finished(path, arguments)]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def save(
-    out: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any], parts: Sequence[Part]
-) -> None:
-    """Write report.json, from which a run can go on, and table.csv, a line per lesion."""
-    content = {
-        "arguments": arguments,
-        "environment": environment,
-        "claims": [asdict(claim) for claim in claims_of(parts)],
-        "rows": [asdict(part) for part in parts],
-    }
-    report.write_json(out / "report.json", content)
-    columns = [f.name for f in fields(Row)]
-    rows = [[getattr(row, c) for c in columns] for row in rows_of(parts)]
-    report.write_csv(out / "table.csv", columns, rows)
+def summary(parts: Sequence[Part]) -> dict[str, Any]:
+    """Give the claims to report.json."""
+    return {"claims": [asdict(claim) for claim in claims_of(parts)]}
