@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastres.ops import Stats, mlp_stack
+from fastres.ops.calls import check_gate
 from fastres.ops.mlp_stack_blocks import CODES, run_blocks
 from fastres.ops.mlp_stack_rules import has_kernel
-from fastres.ops.stack_inputs import check_gate, expanded
+from fastres.ops.stack_inputs import expanded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,8 +142,7 @@ def stack(
     """
     if x.dim() < 2 or not has_kernel(x) or _is_autocast(x):
         blocks = w1.size(0)
-        if gate is not None:
-            check_gate("stack", gate, x, blocks)
+        check_gate("stack", gate, x, blocks, x.size(0))
         gates = expanded(gate, x, blocks)
         gates = None if gates is None else gates.to(x.dtype)
         return run_blocks(x, (w1, b1, w2, b2), gates, blocks, CODES[activation], add)

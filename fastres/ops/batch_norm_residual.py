@@ -194,7 +194,7 @@ def _check(
             raise ValueError(f"{_OP}: {name} must have shape [{x.size(1)}], got {[*t.shape]}")
         if t.device != x.device:
             raise TypeError(f"{_OP}: {name} must be on {x.device}, got {t.device}")
-    check_gate(_OP, gate, x)
+    check_gate(_OP, gate, x, x.size(0))
     check_flag(_OP, "relu", relu)
     check_flag(_OP, "training", training)
     if not isinstance(eps, Real) or not eps >= 0:

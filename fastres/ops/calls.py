@@ -47,14 +47,23 @@ def check_tensor(op: str, name: str, value: Any) -> None:
         )
 
 
-def check_gate(op: str, gate: Any, x: Tensor) -> None:
-    """Raise the error that names the gate, unless it is None, a number, or a tensor [] or [B]."""
+def check_gate(op: str, gate: Any, like: Tensor, *sizes: int) -> None:
+    """Raise the error that names the gate, unless it is None, a number, or a tensor that fits.
+
+    Args:
+        op: Whose gate it is.
+        gate: To be a tensor of some of the leading sizes, or of none.
+        like: The stream, on whose device it must be.
+        sizes: [B] of one add, [L, B] of a stack.
+    """
     if isinstance(gate, Tensor):
         check_tensor(op, "gate", gate)
-        if gate.dim() > 0 and gate.shape != x.shape[:1]:
-            raise ValueError(f"{op}: gate must have shape [] or [{x.size(0)}], got {[*gate.shape]}")
-        if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
-            raise TypeError(f"{op}: gate must be on {x.device}, got {gate.device}")
+        if gate.dim() > len(sizes) or gate.shape != sizes[: gate.dim()]:
+            known = " or ".join(str([*sizes[:n]]) for n in range(len(sizes) + 1))
+            known = known.replace(" or ", ", ", len(sizes) - 1)
+            raise ValueError(f"{op}: gate must have shape {known}, got {[*gate.shape]}")
+        if gate.device != like.device and not (gate.dim() == 0 and gate.is_cpu):
+            raise TypeError(f"{op}: gate must be on {like.device}, got {gate.device}")
     elif gate is not None and not isinstance(gate, Real):
         raise TypeError(f"{op}: gate must be a number or tensor, got {type(gate).__name__}")
 

@@ -116,5 +116,5 @@ def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> Non
         raise ValueError(f"residual_add: f must have shape {[*x.shape]}, got {[*f.shape]}")
     if f.device != x.device:
         raise TypeError(f"residual_add: f must be on {x.device}, got {f.device}")
-    check_gate("residual_add", gate, x)
+    check_gate("residual_add", gate, x, x.size(0))
     check_flag("residual_add", "relu", relu)

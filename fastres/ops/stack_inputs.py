@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from fastres.ops.calls import check_tensor
+from fastres.ops.calls import check_gate, check_tensor
 from fastres.ops.layout import accumulate
 from fastres.ops.mlp_stack_blocks import CODES
 
@@ -65,22 +63,4 @@ def check_stack(
     if blocks is not None and (blocks < 0 or sets not in (1, blocks)):
         rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
         raise ValueError(f"{op}: blocks must be {rule}, got {blocks}")
-    if gate is not None:
-        check_gate(op, gate, x, sets if blocks is None else blocks)
-
-
-def check_gate(op: str, gate: float | Tensor, x: Tensor, blocks: int) -> None:
-    """Raise the error that names the gate, if it is wrong."""
-    if not isinstance(gate, Tensor):
-        if not isinstance(gate, Real):
-            kind = type(gate).__name__
-            raise TypeError(f"{op}: gate must be a number or tensor, got {kind}")
-        return
-    check_tensor(op, "gate", gate)
-    batch = x.size(0)
-    if gate.dim() > 2 or gate.shape != (blocks, batch)[: gate.dim()]:
-        raise ValueError(
-            f"{op}: gate must have shape [], [{blocks}] or [{blocks}, {batch}], got {[*gate.shape]}"
-        )
-    if gate.device != x.device and not (gate.dim() == 0 and gate.is_cpu):
-        raise TypeError(f"{op}: gate must be on {x.device}, got {gate.device}")
+    check_gate(op, gate, x, sets if blocks is None else blocks, x.size(0))
