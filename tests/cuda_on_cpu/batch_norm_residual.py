@@ -7,7 +7,6 @@ library, in the order of the fibers that the seed draws.
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import numpy as np
 from cuda_on_cpu.batch_norm_residual_reference import (
@@ -22,6 +21,7 @@ from cuda_on_cpu.batch_norm_residual_reference import (
 from cuda_on_cpu.residual_add import Runner as ResidualAddRunner
 from cuda_on_cpu.residual_add import address, close, expect
 from cuda_on_cpu.residual_add_reference import ELEMENTS, Array
+from cuda_on_cpu.running import run_all
 
 
 class Shape(ctypes.Structure):
@@ -141,14 +141,5 @@ def shape_of(case: Case) -> Shape:
     return Shape(case.rows, case.channels, case.places, case.pixels)
 
 
-def main() -> None:
-    """Run every case; an error ends it."""
-    runner, count = Runner(sys.argv[1], int(sys.argv[2])), 0
-    for case in cases(runner.seed):
-        runner.run(case)
-        count += 1
-    print(f"{count} cases, seed {runner.seed}")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(Runner, cases)

@@ -8,7 +8,6 @@ GPU.
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from cuda_on_cpu.mlp_stack_reference import (
 )
 from cuda_on_cpu.residual_add import address, close, expect
 from cuda_on_cpu.residual_add_reference import Array
+from cuda_on_cpu.running import run_all
 
 
 class Shape(ctypes.Structure):
@@ -191,15 +191,5 @@ class Runner:
             raise AssertionError(f"{error}\n    {case}, seed {self.seed}") from None
 
 
-def main() -> None:
-    """Run every case; an error ends it."""
-    runner, routes = Runner(sys.argv[1], int(sys.argv[2])), []
-    for case in cases(runner.seed):
-        runner.run(case)
-        routes.append(runner.route(case))
-    for route in sorted(set(routes)):
-        print(f"{routes.count(route)} cases on {route}, seed {runner.seed}")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(Runner, cases, Runner.route)

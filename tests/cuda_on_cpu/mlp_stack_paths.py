@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import sys
 
 import numpy as np
 from cuda_on_cpu.mlp_stack import Weights, weights_of
@@ -16,6 +15,7 @@ from cuda_on_cpu.mlp_stack_paths_reference import Case, Reference, cases, refere
 from cuda_on_cpu.mlp_stack_reference import ACTIVATIONS, Inputs
 from cuda_on_cpu.residual_add import address, close, expect
 from cuda_on_cpu.residual_add_reference import Array
+from cuda_on_cpu.running import run_all
 
 
 class Shape(ctypes.Structure):
@@ -168,15 +168,5 @@ class Runner:
             raise AssertionError(f"{error}\n    {case}, seed {self.seed}") from None
 
 
-def main() -> None:
-    """Run every case; an error ends it."""
-    runner, kernels = Runner(sys.argv[1], int(sys.argv[2])), []
-    for case in cases(runner.seed):
-        runner.run(case)
-        kernels.append(runner.kernel())
-    for kernel in sorted(set(kernels)):
-        print(f"{kernels.count(kernel)} cases on {kernel}, seed {runner.seed}")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(Runner, cases, lambda runner, _: runner.kernel())

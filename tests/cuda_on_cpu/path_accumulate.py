@@ -7,12 +7,12 @@ in the order of the fibers that the seed draws.
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import numpy as np
 from cuda_on_cpu.path_accumulate_reference import Case, cases, inputs, reference
 from cuda_on_cpu.residual_add import address, close
 from cuda_on_cpu.residual_add_reference import ELEMENTS, Array
+from cuda_on_cpu.running import run_all
 
 
 class Args(ctypes.Structure):
@@ -57,14 +57,5 @@ class Runner:
         return [out, got]
 
 
-def main() -> None:
-    """Run every case; an error ends it."""
-    runner, count = Runner(sys.argv[1], int(sys.argv[2])), 0
-    for case in cases(runner.seed):
-        runner.run(case)
-        count += 1
-    print(f"{count} cases, seed {runner.seed}")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(Runner, cases)

@@ -7,7 +7,6 @@ the order of the fibers that the seed draws.
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from cuda_on_cpu.residual_add_reference import (
     reference_backward,
     reference_forward,
 )
+from cuda_on_cpu.running import run_all
 
 
 class Args(ctypes.Structure):
@@ -144,14 +144,5 @@ def address(array: Array | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def main() -> None:
-    """Run every case; an error ends it."""
-    runner, count = Runner(sys.argv[1], int(sys.argv[2])), 0
-    for case in cases(runner.seed):
-        runner.run(case)
-        count += 1
-    print(f"{count} cases, seed {runner.seed}")
-
-
 if __name__ == "__main__":
-    main()
+    run_all(Runner, cases)
