@@ -125,21 +125,20 @@ template <class A> double at(const void* values, int64_t c, double otherwise) {
   return values ? static_cast<double>(static_cast<const A*>(values)[c]) : otherwise;
 }
 
-template <class A, class Any> void fill_norms(const Any& a, A* table) {
+// `lost` is what rounding took away of the mean.
+template <class A, class Any> void fill_norm(const Any& a, A* table, int64_t c, double lost = 0) {
   const int64_t stride = padded(a.shape.channels);
-  for (int64_t c = 0; c < a.shape.channels; ++c) {
-    const double scale = at<A>(a.weight, c, 1) / std::sqrt(at<A>(a.var, c, 1) + a.eps);
-    table[kMean * stride + c] = static_cast<const A*>(a.mean)[c];
-    table[kScale * stride + c] = static_cast<A>(scale);
-    table[kBias * stride + c] = static_cast<A>(at<A>(a.bias, c, 0));
-  }
+  const double scale = at<A>(a.weight, c, 1) / std::sqrt(at<A>(a.var, c, 1) + a.eps);
+  table[kMean * stride + c] = static_cast<const A*>(a.mean)[c];
+  table[kScale * stride + c] = static_cast<A>(scale);
+  table[kBias * stride + c] = static_cast<A>(at<A>(a.bias, c, 0) - scale * lost);
 }
 
 // The sums of all slots, [2, padded].
-std::vector<double> join_slots(const Shape& shape, const double* slots) {
+std::vector<double> join_slots(const Shape& shape, const double* slots, bool any = true) {
   const int64_t size = 2 * padded(shape.channels);
   std::vector<double> total(size);
-  for (int64_t i = 0, count = Tasks(shape).slots; i < count; ++i)
+  for (int64_t i = 0, count = any ? Tasks(shape).slots : 0; i < count; ++i)
     for (int64_t c = 0; c < size; ++c) total[c] += slots[i * size + c];
   return total;
 }
@@ -170,18 +169,21 @@ void moments(const Args& a, const void* table, double* slots, int64_t begin, int
 void fill_table(const Args& a, const double* slots, void* table) {
   visit_stored(a.dtype, [&](auto t) {
     using A = typename Stored<decltype(t)>::A;
-    if (a.training) {
-      const std::vector<double> total = join_slots(a.shape, slots);
-      const A* pivot = static_cast<const A*>(table) + kMean * padded(a.shape.channels);
-      const double count = a.shape.count();
-      for (int64_t c = 0; c < a.shape.channels; ++c) {
-        const double mean = total[c] / count,
-                     var = total[padded(a.shape.channels) + c] / count - mean * mean;
-        static_cast<A*>(a.mean)[c] = static_cast<A>(pivot[c] + mean);
+    A* values = static_cast<A*>(table);
+    const int64_t stride = padded(a.shape.channels);
+    const double count = a.shape.count();
+    const std::vector<double> total = join_slots(a.shape, slots, a.training);
+    for (int64_t c = 0; c < a.shape.channels; ++c) {
+      double lost = 0;
+      if (a.training) {
+        const double moved = total[c] / count, mean = values[kMean * stride + c] + moved;
+        const double var = total[stride + c] / count - moved * moved;
+        static_cast<A*>(a.mean)[c] = static_cast<A>(mean);
         static_cast<A*>(a.var)[c] = static_cast<A>(var < 0 ? 0 : var);  // NaN stays
+        lost = mean - static_cast<A*>(a.mean)[c];
       }
+      fill_norm(a, values, c, lost);
     }
-    fill_norms(a, static_cast<A*>(table));
   });
 }
 
@@ -213,7 +215,8 @@ void join_forward(const Args& a, const Sums<double>* partial) {
 
 void begin_table(const BackwardArgs& a, void* table) {
   visit_stored(a.dtype, [&](auto t) {
-    fill_norms(a, static_cast<typename Stored<decltype(t)>::A*>(table));
+    for (int64_t c = 0; c < a.shape.channels; ++c)
+      fill_norm(a, static_cast<typename Stored<decltype(t)>::A*>(table), c);
   });
 }
 

@@ -153,12 +153,14 @@ __device__ __forceinline__ double join_splits(const Any& a, const Plan& plan, co
   return total;
 }
 
+// `lost` is what rounding took away of the mean.
 template <class A, class Any>
-__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c) {
+__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c, double lost = 0) {
   const double var = static_cast<const A*>(a.var)[c];
   table[kMean * a.shape.channels + c] = static_cast<const A*>(a.mean)[c];
-  table[kScale * a.shape.channels + c] = number<A>(a.weight, c, 1) / sqrt(var + a.eps);
-  table[kBias * a.shape.channels + c] = number<A>(a.bias, c, 0);
+  const double scale = number<A>(a.weight, c, 1) / sqrt(var + a.eps);
+  table[kScale * a.shape.channels + c] = scale;
+  table[kBias * a.shape.channels + c] = number<A>(a.bias, c, 0) - scale * lost;
 }
 
 template <class T>
@@ -168,15 +170,17 @@ __global__ void __launch_bounds__(kThreads)
   const double count = a.shape.count();
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < a.shape.channels;
        c += int64_t(gridDim.x) * kThreads) {
+    double lost = 0;
     if (a.training) {
       Moments<T> moments{a, 0};
       moments.begin(nullptr, c);
-      const double mean = join_splits(a, plan, sums, 0, c) / count;
-      const double var = join_splits(a, plan, sums, 1, c) / count - mean * mean;
-      static_cast<A*>(a.mean)[c] = moments.pivot + mean;
+      const double moved = join_splits(a, plan, sums, 0, c) / count, mean = moments.pivot + moved;
+      const double var = join_splits(a, plan, sums, 1, c) / count - moved * moved;
+      static_cast<A*>(a.mean)[c] = mean;
       static_cast<A*>(a.var)[c] = var < 0 ? 0 : var;  // NaN stays
+      lost = mean - static_cast<A*>(a.mean)[c];
     }
-    fill_norm(a, table, c);
+    fill_norm(a, table, c, lost);
   }
 }
 
