@@ -5,6 +5,18 @@ import ctypes
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+for _name, _calls in (("ci", 100), ("nightly", 2000)):  # --hypothesis-profile=nightly
+    settings.register_profile(
+        _name,
+        max_examples=_calls,
+        derandomize=_name == "ci",
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+settings.load_profile("ci")
 
 # glibc fills what it allocates with the complement of the lowest byte, 0xff: what a kernel forgets
 # to write is NaN, and not 0 by luck.
