@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fastres.checkpoint import load, save
 from fastres.data import Data
+from fastres.formats import DataError
 from fastres.gates import GatesLike, gate
 from fastres.progress import bar
 
@@ -66,6 +70,32 @@ class Stepper:
         self.schedule.step()
         return loss.detach()
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that later steps depend on: tensors by name, and what JSON can hold."""
+        whole = self.optimizer.state_dict()
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for index, moments in whole["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": t for name, t in moments.items()}
+        return tensors, {"groups": whole["param_groups"], "schedule": self.schedule.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go back to a state of the same model and recipe."""
+        model: dict[str, Tensor] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, t in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                model[rest] = t
+            elif kind == "optimizer":
+                index, _, moment = rest.partition(".")
+                moments.setdefault(int(index), {})[moment] = t
+        have = {name: t.shape for name, t in self.model.state_dict().items()}
+        if {name: t.shape for name, t in model.items()} != have:
+            raise ValueError(f"{len(model)} tensors of other names or shapes than its {len(have)}")
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": facts["groups"]})
+        self.schedule.load_state_dict(facts["schedule"])
+
 
 def train(
     model: nn.Module,
@@ -76,10 +106,12 @@ def train(
     device: str | torch.device = "cpu",
     gates: GatesLike | None = None,
     progress: str | None = None,
+    checkpoint: Path | None = None,
 ) -> History:
     """Train a classifier in place on the training half of a data set.
 
-    The same seed, model and number of threads give the same weights bit for bit on CPU.
+    The same seed, model and number of threads give the same weights bit for bit on CPU, also where
+    the training was stopped and went on from its checkpoint.
 
     Args:
         model: Maps [B, C, H, W] to logits [B, classes]; moved to the device.
@@ -89,13 +121,17 @@ def train(
         device: Where to train.
         gates: Scale the branches in every step, as `fastres.gate` does; None: nothing is scaled.
         progress: Label of a progress bar on stderr; None for no bar.
+        checkpoint: A file that keeps the training after each epoch; where it is there, the training
+            goes on from it, with the random numbers of then. None: nothing is kept.
 
     Returns:
-        The mean loss of each epoch and the seconds it took.
+        The mean loss of each epoch, and the seconds that this call took.
 
     Raises:
-        ValueError: If the data set has no training samples.
+        ValueError: If the data set has no training samples, or the checkpoint is damaged, or of a
+            training with other arguments.
         FloatingPointError: If the loss of an epoch is not finite.
+        ModuleNotFoundError: With a checkpoint, without safetensors.
     """
     recipe = recipe or Recipe()
     count = len(data.train_x)
@@ -106,10 +142,12 @@ def train(
     batches = math.ceil(count / recipe.batch_size)
     step = Stepper(model, recipe, recipe.epochs * batches)
     order = torch.Generator().manual_seed(seed)
-    losses, start = [], time.perf_counter()
-    gated = nullcontext() if gates is None else gate(model, gates)
-    with gated, bar(progress, recipe.epochs * batches) as shown:
-        for epoch in range(recipe.epochs):
+    kept = None if checkpoint is None else _Kept(checkpoint, step, order, _run(data, recipe, seed))
+    losses, start = [] if kept is None else kept.losses(), time.perf_counter()
+    done = len(losses) * batches
+    gated = nullcontext() if gates is None else gate(model, gates, step=done)
+    with gated, bar(progress, recipe.epochs * batches - done) as shown:
+        for epoch in range(len(losses), recipe.epochs):
             total = torch.zeros((), device=x.device)
             shuffled = torch.randperm(count, generator=order).to(x.device)  # drawn on the CPU
             for chosen in shuffled.split(recipe.batch_size):  # type: ignore[no-untyped-call]
@@ -120,7 +158,45 @@ def train(
                 raise FloatingPointError(
                     f"train: loss must stay finite, got {losses[-1]} in epoch {epoch + 1}"
                 )
+            if kept is not None:
+                kept.keep(losses)
     return History(tuple(losses), time.perf_counter() - start)
+
+
+def _run(data: Data, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """All that decides what a training does, but for the model: its tensors must fit."""
+    return {"data": data.checksum(), **asdict(recipe), "seed": seed, "torch": torch.__version__}
+
+
+class _Kept:
+    """The file that keeps a training: after an epoch, all that the next ones depend on."""
+
+    def __init__(
+        self, path: Path, stepper: Stepper, order: torch.Generator, run: dict[str, Any]
+    ) -> None:
+        self.path, self.stepper, self.order, self.run = path, stepper, order, run
+
+    def keep(self, losses: Sequence[float]) -> None:
+        """Write the file."""
+        tensors, facts = self.stepper.state()
+        numbers = {"order": self.order.get_state(), "random": torch.get_rng_state()}
+        save(self.path, tensors | numbers, {**facts, "run": self.run, "losses": list(losses)})
+
+    def losses(self) -> list[float]:
+        """Go to where the file is, and return the losses until then; [] where there is none."""
+        if not self.path.exists():
+            return []
+        tensors, facts = load(self.path)
+        if facts.get("run") != self.run:
+            rule = "must be of a training with the same arguments"
+            raise DataError(self.path, rule, facts.get("run"))
+        try:
+            self.stepper.restore(tensors, facts)
+        except ValueError as error:
+            raise DataError(self.path, "must be of the same model", error) from error
+        self.order.set_state(tensors["order"])
+        torch.set_rng_state(tensors["random"])
+        return list(facts["losses"])
 
 
 @torch.no_grad()
