@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -22,8 +29,30 @@ def write(path: Path, content: str | bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # also where the power fails
         os.chmod(scratch, 0o644)  # mkstemp makes it 0600
         os.replace(scratch, path)
     except BaseException:  # also Ctrl-C
         os.unlink(scratch)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder inside the `with` block, or until the process ends.
+
+    Raises:
+        ValueError: If another one is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"report: out must be used by one run at a time, got {folder}") from None
+    finally:
+        os.close(handle)

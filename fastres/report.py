@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import platform
@@ -17,6 +18,7 @@ import torch
 
 import fastres
 from fastres.files import write
+from fastres.formats import DataError
 from fastres.ops import native
 
 Row = TypeVar("Row")
@@ -25,6 +27,11 @@ Row = TypeVar("Row")
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
     write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def digest(rows: Sequence[Any]) -> str:
+    """Hash rows as JSON has them, so that a damaged digit is seen."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def finished(path: Path, arguments: Mapping[str, Any], parse: Callable[[Any], Row]) -> list[Row]:
@@ -37,12 +44,22 @@ def finished(path: Path, arguments: Mapping[str, Any], parse: Callable[[Any], Ro
 
     Returns:
         The rows; none where there is no such run.
+
+    Raises:
+        DataError: If the file is damaged, or something else.
     """
     try:
         content = json.loads(path.read_text())
-        return [parse(row) for row in content["rows"]] if content["arguments"] == arguments else []
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ValueError: not JSON
+        if content["arguments"] != arguments:
+            return []
+        if digest(content["rows"]) != content["sha256"]:
+            raise ValueError("other rows than it was written with")
+        return [parse(row) for row in content["rows"]]
+    except FileNotFoundError:
         return []
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: not JSON
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(path, "must be a report as it was written", found) from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

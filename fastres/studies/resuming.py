@@ -10,6 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from fastres import report
+from fastres.files import alone_in
+from fastres.formats import DataError
 from fastres.progress import bar
 
 
@@ -78,30 +80,43 @@ def measure_all(
 
     Raises:
         OSError: If the output folder cannot be written to.
+        ValueError: If another run is at work in it.
     """
     report.prepare_folder(out)
-    parts: dict[Hashable, Part] = {}
-    if not fresh:
-        before = report.finished(out / "report.json", arguments, form.parse)
-        parts = {part.key: part for part in before if part.key in plan}
-    if parts:
-        counts = f"{len(parts)} of {len(plan)} {units}"
-        say(f"finished before, in {out}: {counts} (--fresh starts over)")
-    left = [key for key in plan if key not in parts]
-    interrupted = False
-    try:
-        with bar(units if left and with_bar else None, len(left)) as shown:
-            for key in left:
-                parts[key] = measure(key, list(parts.values()))
-                environment = report.environment(device or torch.device("cpu"))
-                _save(form, out, arguments, environment, [parts[k] for k in plan if k in parts])
-                shown.update(1)
-    except KeyboardInterrupt:
-        interrupted = True
-    done = tuple(parts[key] for key in plan if key in parts)
-    if done:
-        _present(form, out, done, say)
+    with alone_in(out):
+        before = [] if fresh else _finished(form, out, arguments, say)
+        parts: dict[Hashable, Part] = {part.key: part for part in before if part.key in plan}
+        if parts:
+            counts = f"{len(parts)} of {len(plan)} {units}"
+            say(f"finished before, in {out}: {counts} (--fresh starts over)")
+        left = [key for key in plan if key not in parts]
+        interrupted = False
+        try:
+            with bar(units if left and with_bar else None, len(left)) as shown:
+                for key in left:
+                    parts[key] = measure(key, list(parts.values()))
+                    environment = report.environment(device or torch.device("cpu"))
+                    _save(form, out, arguments, environment, [parts[k] for k in plan if k in parts])
+                    shown.update(1)
+        except KeyboardInterrupt:
+            interrupted = True
+        done = tuple(parts[key] for key in plan if key in parts)
+        if done:
+            _present(form, out, done, say)
     return Result(done, interrupted)
+
+
+def _finished(
+    form: Form[Part], out: Path, arguments: Mapping[str, Any], say: Callable[[str], None]
+) -> list[Part]:
+    """Read back the parts of an earlier run; a damaged report is put aside, not written over."""
+    file = out / "report.json"
+    try:
+        return report.finished(file, arguments, form.parse)
+    except DataError as error:
+        aside = file.replace(out / "report.damaged.json")
+        say(f"{error}; it is now {aside.name}, and this run starts over")
+        return []
 
 
 def _save(
@@ -111,15 +126,16 @@ def _save(
     environment: Mapping[str, Any],
     parts: Sequence[Part],
 ) -> None:
-    """Write report.json, from which a run can go on, and table.csv, rows without their lists."""
-    entries: list[Any] = [asdict(part) for part in parts]  # type: ignore[call-overload]
-    content = {"arguments": arguments, "environment": environment, **form.summary(parts)}
-    report.write_json(out / "report.json", {**content, "rows": entries})
+    """Write table.csv, rows without their lists, and report.json, from which a run can go on."""
     rows = form.rows(parts)
     names = [f.name for f in fields(rows[0])] if rows else []
     columns = [name for name in names if not isinstance(getattr(rows[0], name), list)]
     lines = [[getattr(row, name) for name in columns] for row in rows]
     report.write_csv(out / "table.csv", columns, lines)
+    entries: list[Any] = [asdict(part) for part in parts]  # type: ignore[call-overload]
+    content = {"arguments": arguments, "environment": environment, **form.summary(parts)}
+    content |= {"sha256": report.digest(entries), "rows": entries}
+    report.write_json(out / "report.json", content)  # last: what it has is in the table
 
 
 def _present(
