@@ -97,7 +97,11 @@ def test_residual_add_rounds_once_and_its_sums_are_right_to_1e_6(device, data):
 
 
 def check(op, in_eager, exactly, args, dtype, device, seed):
-    """Hold outputs and gradients to twice the error of eager, or an ulp; the sums, to 1e-6."""
+    """Hold outputs and gradients to twice the error of eager, and the sums to 1e-6.
+
+    Of a few alike values eager may be exact by luck: 4 ulps are granted, what a chain of eight
+    roundings gives at most, and of gradients, which are sums over samples, the root of their count.
+    """
     given_args = tree_map(
         lambda t: t.to(device, dtype) if isinstance(t, torch.Tensor) else t, tuple(args)
     )
@@ -116,9 +120,9 @@ def check(op, in_eager, exactly, args, dtype, device, seed):
     exact = run(exactly, torch.float64)
     unit = 1e-11 if dtype == torch.float64 else torch.finfo(dtype).eps  # exact is float64 itself
     of_sums = unit if dtype == torch.float64 else max(unit, 5e-7)
-    of_gradients = unit * max(4, given_args[0].size(0) ** 0.5)  # sums over the samples
+    of_gradients = unit * max(4, 2 * given_args[0].size(0) ** 0.5)
     (ours, pulled), (theirs, usual) = run(op, dtype), run(in_eager, dtype)
-    least = [unit, *[of_sums] * len(ours[1:]), *[of_gradients] * len(pulled)]
+    least = [2 * unit, *[of_sums] * len(ours[1:]), *[of_gradients] * len(pulled)]
     for got, other, wanted, bound in zip(
         [*ours, *pulled], [*theirs, *usual], [*exact[0], *exact[1]], least, strict=True
     ):
