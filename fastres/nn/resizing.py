@@ -1,4 +1,4 @@
-"""resizing: more or fewer blocks in a ResidualStack that is in training, its optimiser with it."""
+"""resizing: more or fewer blocks in a network that is in training, and its optimiser with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastres.nn.layer_network import LayerNetwork
 from fastres.nn.residual_mlp import ResidualStack
 
 
@@ -63,12 +64,43 @@ def remove_last_block(stack: ResidualStack, optimizer: Optimizer | None = None) 
     stack.blocks -= 1
 
 
-def drop_parameters(module: nn.Module, optimizer: Optimizer | None) -> None:
-    """Let an optimiser forget the parameters of a module that is no longer used."""
+@torch.no_grad()
+def remove_last_layer(network: LayerNetwork, optimizer: Optimizer | None = None) -> None:
+    """Remove the last layer of a LayerNetwork; of shared weights there is one run less.
+
+    Args:
+        network: Shrinks in place.
+        optimizer: Of its parameters.
+
+    Raises:
+        ValueError: If it has one layer alone.
+    """
+    if network.layers < 2:
+        raise ValueError(f"remove_last_layer: layers must be >= 2, got {network.layers}")
+    if not network.shared:
+        for name in ("weight", "bias"):
+            old = network.get_parameter(name)
+            _replace((network, name), old, _without_last, _without_last, optimizer)
+    network.layers -= 1
+
+
+def remove_last_module(modules: nn.Sequential, optimizer: Optimizer | None = None) -> None:
+    """Remove the last of some modules in a row; the optimiser forgets its parameters.
+
+    Args:
+        modules: Shrinks in place.
+        optimizer: Of its parameters, among others.
+
+    Raises:
+        ValueError: If there is no module.
+    """
+    if len(modules) == 0:
+        raise ValueError("remove_last_module: modules must have one, got none")
+    gone = {id(parameter): parameter for parameter in modules[-1].parameters()}
+    del modules[-1]
     if optimizer is None:
         return
-    gone = {id(parameter) for parameter in module.parameters()}
-    for parameter in module.parameters():
+    for parameter in gone.values():
         optimizer.state.pop(parameter, None)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in gone]
