@@ -75,11 +75,15 @@ class LayerNetwork(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's global generator (Glorot & Bengio 2010); biases 0."""
-        for matrix in (self.input.weight, self.head.weight, *self.weight.unbind(0)):
-            nn.init.xavier_normal_(matrix)
-        for bias in (self.input.bias, self.head.bias, self.bias):
-            nn.init.zeros_(bias)
+        """Draw all parameters anew from torch's global generator, as nn.Linear does.
+
+        Uniform within 1 / sqrt(fan in): with larger shared weights 3 neurons get stuck more often.
+        """
+        self.input.reset_parameters()
+        self.head.reset_parameters()
+        bound = 1 / math.sqrt(self.weight.size(-1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def start(self, u: Tensor) -> Tensor:
         """Map inputs u [B, ...] to the stream before the first layer, x(0) [B, N]."""
