@@ -42,6 +42,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     )
     _add_veit(names.add_parser("veit", help="a ResNet with blocks deleted and moved (Veit 2016)"))
     _add_li(names.add_parser("li", help="shortcut depth and the Hessian (Li 2016)"))
+    _add_lagzi(names.add_parser("lagzi", help="residual dynamics and adaptive depth (Lagzi 2021)"))
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +110,25 @@ def _add_li(parser: argparse.ArgumentParser) -> None:
     option("--out", type=Path, help="folder (fastres-li)")
     option("--fresh", action="store_true", help="do finished parts again")
     parser.set_defaults(run=_run, study="li")
+
+
+def _add_lagzi(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Follow the residuals of trained networks from layer to layer, on circles and MNIST: where "
+        "they come to rest, which layers can go, what noise becomes. Networks that an earlier run "
+        "with the same arguments has finished are kept."
+    )
+    option = parser.add_argument
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--seeds", type=int, help="networks of each kind on circles (3)")
+    option("--width", type=int, help="neurons per layer on MNIST (256)")
+    option("--samples", type=int, help="images to train on (10000)")
+    option("--epochs", type=int, help="on MNIST (6)")
+    option("--full", action="store_true", help="the sizes of the paper: 1064, 60000, 30 epochs")
+    option("--device", help="torch device (cpu)")
+    option("--out", type=Path, help="folder (fastres-lagzi)")
+    option("--fresh", action="store_true", help="train again what is finished")
+    parser.set_defaults(run=_run, study="lagzi")
 
 
 def _run(arguments: argparse.Namespace) -> int:
