@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastres.declaring import add, fused_norm, fused_stack
+from fastres.declaring import add, fused_add, fused_norm, fused_stack
 from fastres.ops import Stats, batch_norm_residual, mlp_stack, residual_add
 from fastres.ops.batch_norm_residual import reference as norm_reference
 from fastres.ops.mlp_stack import reference
@@ -20,11 +20,11 @@ ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
 NORMED: Final[frozenset[Callable[..., Any]]] = frozenset({batch_norm_residual, fused_norm})
-MEASURED: Final[frozenset[Callable[..., Any]]] = NORMED | {residual_add}  # return their sums too
+# Those that return their sums too:
+MEASURED: Final[frozenset[Callable[..., Any]]] = NORMED | {fused_add, residual_add}
 DECLARED: Final[frozenset[Callable[..., Any]]] = MEASURED | {add}
-HEARD: Final[frozenset[Callable[..., Any]]] = frozenset(
-    {add, fused_norm, fused_stack}
-)  # by a Listener
+# By a Listener:
+HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_add, fused_norm, fused_stack})
 INTO: Final[frozenset[Callable[..., Any]]] = frozenset({Tensor.add_, Tensor.__iadd__})
 STACKS: Final[Mapping[Callable[..., Any], inspect.Signature]] = {
     func: inspect.signature(func) for func in (fused_stack, mlp_stack)
