@@ -10,20 +10,26 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastres.declaring import add, fused_stack
-from fastres.ops import Stats, mlp_stack, residual_add
+from fastres.declaring import add, fused_add, fused_norm, fused_stack
+from fastres.ops import Stats, batch_norm_residual, mlp_stack, residual_add
+from fastres.ops.batch_norm_residual import reference as norm_reference
 from fastres.ops.mlp_stack import reference
 from fastres.tracing import Kind
 
 ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 )
-DECLARED: Final[frozenset[Callable[..., Any]]] = frozenset({add, residual_add})
-HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_stack})  # by a Listener
+NORMED: Final[frozenset[Callable[..., Any]]] = frozenset({batch_norm_residual, fused_norm})
+# Those that return their sums too:
+MEASURED: Final[frozenset[Callable[..., Any]]] = NORMED | {fused_add, residual_add}
+DECLARED: Final[frozenset[Callable[..., Any]]] = MEASURED | {add}
+# By a Listener:
+HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_add, fused_norm, fused_stack})
 INTO: Final[frozenset[Callable[..., Any]]] = frozenset({Tensor.add_, Tensor.__iadd__})
 STACKS: Final[Mapping[Callable[..., Any], inspect.Signature]] = {
     func: inspect.signature(func) for func in (fused_stack, mlp_stack)
 }
+_NORM: Final = inspect.signature(batch_norm_residual)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ class Site:
 
 
 class Add(NamedTuple):
-    """One call of an addition: as the model made it, and its two operands."""
+    """One call of an addition: as the model made it, and its two operands.
+
+    Of a call of `batch_norm_residual` the second is the branch before its batch norm.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -70,6 +79,17 @@ class Add(NamedTuple):
             names = [name for name in ("input", "x", "other", "f") if name in kwargs]
             kwargs[names[side - len(args)]] = t
         return Add(self.func, tuple(args), kwargs, (operands[0], operands[1]))
+
+    def gated(self, gate: float | Tensor) -> Add:
+        """Return the call of `batch_norm_residual` with its gate times another, a number or [B]."""
+        bound = _NORM.bind(*self.args, **self.kwargs)
+        own = bound.arguments.get("gate")
+        bound.arguments["gate"] = gate if own is None else own * gate
+        return Add(self.func, bound.args, bound.kwargs, self.operands)
+
+    def separate(self) -> tuple[Tensor, Stats]:
+        """Run the call of `batch_norm_residual` as operations of their own, one of them `add`."""
+        return norm_reference(*self.args, **self.kwargs, add=add)
 
 
 def read_add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Add | None:
@@ -151,7 +171,10 @@ class Policy(Protocol):
 
 @runtime_checkable
 class StackPolicy(Policy, Protocol):
-    """A policy that does a whole stack at once; one that is none gets the blocks one by one."""
+    """A policy that takes fused calls: whole stacks, and adds with the batch norm of their branch.
+
+    To one that is none they are shown as operations of their own, with an `add` for each block.
+    """
 
     def stack(self, first: int, call: Stack) -> tuple[Tensor, Stats]:
         """Run a stack whose sites are `first`, first + 1, ...; return its result."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastres.ops import Stats, mlp_stack
+from fastres.ops import Stats, batch_norm_residual, mlp_stack, residual_add
 from fastres.ops.calls import check_gate
 from fastres.ops.mlp_stack_blocks import CODES, run_blocks
 from fastres.ops.mlp_stack_rules import has_kernel
@@ -89,6 +89,10 @@ def add(x: Tensor, f: Tensor) -> Tensor:
         x + f, dtypes promoted as `torch.add`.
     """
     return x + f
+
+
+fused_add: Final = _declared(residual_add)
+fused_norm: Final = _declared(batch_norm_residual)
 
 
 @_declared

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastres.adds import Add, Site, Stack
+from fastres.adds import NORMED, Add, Site, Stack
 from fastres.ops import Stats
 from fastres.ops.layout import accumulate, per_sample
 from fastres.watching import Watch
@@ -192,6 +192,8 @@ def _rows(gates: list[Gate], x: Tensor) -> Tensor:
 
 def _scaled(call: Add, side: int, gate: Gate) -> Add:
     """Scale one operand: in place where the sum is written into it, as the model still holds it."""
+    if call.func in NORMED:  # the branch is what comes out of the batch norm
+        return call.gated(gate)
     branch = call.operands[side]
     scale = per_sample(gate, branch) if isinstance(gate, Tensor) else gate
     if isinstance(scale, Tensor) and scale.dtype != branch.dtype:

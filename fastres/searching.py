@@ -9,13 +9,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastres.adds import (
     ADDS,
     DECLARED,
     HEARD,
+    NORMED,
+    Add,
     ChangingPolicy,
     Event,
     Plan,
@@ -29,6 +31,7 @@ from fastres.adds import (
     read_stack,
 )
 from fastres.hooks import Hook, Mode
+from fastres.ops import Stats
 from fastres.tracing import Found, Rule
 from fastres.versions import Graph, function_name, tensors_in
 
@@ -151,9 +154,12 @@ class Search:
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (stack := read_stack(func, args, kwargs)) is not None:
             return self._handle_stack(stack)
+        call = read_add(func, args, kwargs)
+        if call is not None and func in NORMED and not isinstance(self._policy, StackPolicy):
+            return self._separate(call)
         read = list(tensors_in((args, kwargs)))
         found, skip = None, -1
-        if (call := read_add(func, args, kwargs)) is not None:
+        if call is not None:
             test = self._rule.declared if func in DECLARED else self._rule.find
             found = test(*call.operands)
         starts = func in ADDS and any(type(each) is int and each == 0 for each in args)
@@ -178,11 +184,10 @@ class Search:
         return out
 
     def _handle_stack(self, stack: Stack) -> Any:
+        if not isinstance(self._policy, StackPolicy):
+            return self._separate(stack)
         window = self._frames[-1].window
         window.declared &= stack.func in HEARD
-        if not isinstance(self._policy, StackPolicy):
-            with self._mode:
-                return stack.separate()
         name = self._names[id(self._frames[-1].module)]
         read = list(tensors_in(list(stack.bound.arguments.values())))
         noted = self._graph.call(function_name(stack.func), read[1:])
@@ -195,6 +200,12 @@ class Search:
             self._rule.note(version, skip)
             self._found.append((Found("identity", 0, frozenset()), version, name, stack.x.shape))
         return out
+
+    def _separate(self, call: Add | Stack) -> tuple[Tensor, Stats]:
+        """Show the adds within a fused call one by one."""
+        self._frames[-1].window.declared &= call.func in HEARD
+        with self._mode:
+            return call.separate()
 
     def _meet(self, owner: str, count: int = 1) -> None:
         if self._changing is not None:

@@ -13,7 +13,18 @@ from fastres.declaring import add, stack
 from fastres.versions import tensors_in
 from fastres.watching import Watch
 
-__all__ = ["Add", "Policy", "Site", "Stack", "StackPolicy", "Watch", "add", "stack", "trace"]
+__all__ = [
+    "Add",
+    "Policy",
+    "Site",
+    "Stack",
+    "StackPolicy",
+    "Watch",
+    "add",
+    "stack",
+    "trace",
+    "visit",
+]
 
 
 class _Plain:
@@ -55,7 +66,14 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Site]:
         >>> trace(torch.nn.Sequential(Block(4, 4)), torch.ones(2, 4))
         [Site(name='0', kind='identity', shape=(2, 4), level=0)]
     """
-    watch = Watch("trace", model, _Plain())
+    return visit("trace", model, _Plain(), inputs, kwargs)
+
+
+def visit(
+    op: str, model: nn.Module, policy: Policy, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Site]:
+    """Run a policy in one pass that leaves no trace, as that of `trace`; return the sites."""
+    watch = Watch(op, model, policy)
     devices = {t.device for t in (*tensors_in((inputs, kwargs)), *model.parameters())}
     cuda = [d.index for d in devices if d.type == "cuda"]
     state = random.getstate()
@@ -67,7 +85,7 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Site]:
             random.setstate(state)
     if watch.plan is None:
         raise TypeError(
-            "trace: model must run through torch.nn.Module.__call__, "
+            f"{op}: model must run through torch.nn.Module.__call__, "
             f"got {type(model).__name__}, which overrides it"
         )
     return watch.plan.sites

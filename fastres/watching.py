@@ -8,11 +8,13 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fastres.adds import (
+    NORMED,
+    Add,
     ChangingPolicy,
     Event,
     Plan,
@@ -26,6 +28,7 @@ from fastres.adds import (
 )
 from fastres.declaring import Listener
 from fastres.hooks import Hook, Mode
+from fastres.ops import Stats
 from fastres.searching import Search, is_compiled, shapes_of
 
 
@@ -216,16 +219,22 @@ class Watch:
             site = self.plan.sites[min(self._next, len(self.plan.sites) - 1)]
             check_sides(self._op, site.name, func, args)
             return func(*args, **kwargs)
+        if func in NORMED and self._stacks is None:
+            return self._separate(call)
         entry = self._step(call.operands[0].shape)
         return call.call() if entry is None else self._policy.at(entry[0], call, entry[1])
 
     def _handle_stack(self, stack: Stack) -> Any:
         if self._stacks is None:
-            assert self._window is not None
-            with self._listener if self._window.declared and not self._changes else self._mode:
-                return stack.separate()
+            return self._separate(stack)
         entry = self._step(stack.x.shape, stack.blocks)
         return stack.call() if entry is None else self._stacks.stack(entry[0], stack)
+
+    def _separate(self, call: Add | Stack) -> tuple[Tensor, Stats]:
+        """Show the adds within a fused call one by one."""
+        assert self._window is not None
+        with self._listener if self._window.declared and not self._changes else self._mode:
+            return call.separate()
 
     def _step(self, shape: torch.Size, count: int = 1) -> tuple[int, int] | None:
         """Step over adds of one shape; return the first's site and skip, if they are sites."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastres.ops.layout import accumulate
 from fastres.ops.stats import Stats
 
 _OP = "batch_norm_residual"
+Add = Callable[[Tensor, Tensor], Tensor]
 
 
 def batch_norm_residual(
@@ -85,16 +87,19 @@ def batch_norm_residual(
     if has_torch_function_variadic(x, f):  # a policy watches
         return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
     _check(*given, **options)
-    return _run(False, *given, **options)
+    return _run(None, *given, **options)
 
 
-def reference(*given: Any, **options: Any) -> tuple[Tensor, Stats]:
-    """Compute batch_norm_residual in plain PyTorch: the oracle, and the fallback."""
-    return _run(True, *given, **options)
+def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor, Stats]:
+    """Compute batch_norm_residual in plain PyTorch: the oracle, and the fallback.
+
+    `add` joins the branch to its stream, so that the add can be watched.
+    """
+    return _run(add, *given, **options)
 
 
 def _run(
-    plain: bool,
+    plain: Add | None,
     x: Tensor,
     f: Tensor,
     running_mean: Tensor | None = None,
@@ -109,7 +114,7 @@ def _run(
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Run the kernel, or the plain composition, and move the running statistics."""
+    """Run the kernel, or the composition with a plain add, and move the running statistics."""
     dtype = torch.promote_types(x.dtype, f.dtype)
     wide = accumulate(dtype)
     if gate is not None:
@@ -118,7 +123,7 @@ def _run(
     small = [None if t is None else t.to(wide) for t in (weight, bias, *statistics)]
     given: tuple[Any, ...] = (x.to(dtype), f.to(dtype), *small, gate)
     if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
-        y, sums, mean, var = composed(*given, eps, relu)  # type: ignore[call-arg]
+        y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
         y, sums, mean, var, _ = FORWARD(*given, eps, relu, False)
     else:

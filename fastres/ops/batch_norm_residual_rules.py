@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -68,13 +69,14 @@ def composed(
     gate: Tensor | None,
     eps: float,
     relu: bool,
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute y, sums, mean and variance in plain PyTorch; the last two of f if none are given."""
     skip, branch = x.to(accumulate(x.dtype)), f.to(accumulate(f.dtype))
     if mean is None or var is None:
         mean, var = moments(branch)
     p = perturbation(branch, weight, bias, mean, var, gate, eps)
-    y = (skip + p).to(x.dtype)
+    y = add(skip, p).to(x.dtype)
     return (y.relu() if relu else y), sums_of(skip.detach(), p.detach()), mean, var
 
 

@@ -1,0 +1,197 @@
+"""fuse: the residual adds of a model by fused operators, in place, and the way back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastres.fused import Fused, fused_class, norm_of
+from fastres.sites import Add, Site, Stack, visit
+from fastres.stretches import NotFused, rewrite
+from fastres.verifying import Verified
+
+__all__ = ["Fusion", "fuse", "restore"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What `fuse` did to a model, by the names of the modules that own residual adds.
+
+    Attributes:
+        model: Name of its class.
+        fused: Module -> what is one call now, such as "batch norm + add + ReLU".
+        left: Module -> why it is as it was.
+        verified: Whether outputs and gradients on the example were compared, and agreed.
+    """
+
+    model: str
+    fused: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    verified: bool = False
+
+    def __repr__(self) -> str:
+        of = len(self.fused) + len(self.left)
+        checked = ", verified" if self.verified else ""
+        lines = [f"Fusion of {self.model}: {len(self.fused)} of {of} blocks{checked}"]
+        for title, entries in (("fused", self.fused), ("left", self.left)):
+            groups: dict[str, list[str]] = defaultdict(list)
+            for name, text in entries.items():
+                groups[text].append(name)
+            for text, names in groups.items():
+                some = names if len(names) < 4 else [*names[:2], "...", names[-1]]
+                lines.append(f"  {title} {len(names):3d}  {text}: {', '.join(some)}")
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module, example: Any = None, verify: bool | None = None) -> Fusion:
+    """Replace the residual adds of a model, with what stands beside them, by fused operators.
+
+    A block that ends in batch norm + add, with or without a ReLU, or in add + ReLU, gets a forward
+    in which that is one call: `batch_norm_residual` or `residual_add`. A plain add is declared, so
+    that policies find it without a search. All else stays as it is: children, Parameters, buffers,
+    hooks, and with them state_dict and optimiser, are the very same objects, and a block is still
+    an instance of its class. `record`, `gate` and `path_gradients` see the same sites.
+
+    The forward of each block is written anew from its graph (torch.fx), which holds for plain code:
+    a block whose forward branches on its input or its mode, or has optional arguments, is left.
+    Batch norm, ReLU and Sequential are recognised by their exact class. At every call they are
+    looked at again: mode, momentum and statistics are those of the moment, and one that was
+    exchanged, or got a hook, runs as a module of its own. Setting an attribute that a block's
+    forward has read gives the block its own forward back. nn.SyncBatchNorm is left: its statistics
+    need the other processes.
+
+    Args:
+        model: Any module, changed in place; not compiled, scripted or quantized.
+        example: What the model is called with: a tensor, a sequence of arguments, or a mapping by
+            name. The blocks to fuse are those that `trace` finds with it. None: all that have a
+            batch norm before an add whose two sides come from one tensor.
+        verify: Whether to compare outputs, gradients and buffers on the example, in the present
+            mode, with those of the model as it was. They may be apart as far as rounding takes
+            them, which is measured; else all blocks are left. None: if there is an example.
+
+    Returns:
+        The Fusion: what was fused, what was left, and why.
+
+    Raises:
+        TypeError: If model is not a module, or is compiled, scripted or quantized.
+        ValueError: If there is something to verify but no example, or model has lazy parameters.
+
+    Example:
+        >>> from fastres.nn import cifar_resnet
+        >>> model = cifar_resnet(20)
+        >>> fuse(model, torch.randn(2, 3, 32, 32))
+        Fusion of CifarResNet: 9 of 9 blocks, verified
+          fused   9  batch norm + add + ReLU: layer1.0, layer1.1, ..., layer3.2
+    """
+    if verify and example is None:
+        raise ValueError("fuse: example must be given to verify, got None")
+    _check(model)
+    restore(model)
+    args, kwargs = _arguments(example)
+    owners = _candidates(model) if example is None else _owners(model, args, kwargs)
+    fused, left, kinds = {}, {}, {}
+    for name, skips in owners.items():
+        module = model.get_submodule(name)
+        label = name or type(model).__name__
+        try:
+            code, fused[label] = rewrite(module, skips)
+        except NotFused as error:
+            left[label] = str(error)
+        else:
+            kinds[module] = fused_class(cast("Any", type(module)), code)
+    verify = bool(kinds) and example is not None and verify is not False
+    verified = Verified(model, args, kwargs) if verify else None
+    for module, kind in kinds.items():
+        module.__class__ = kind
+    if verified is not None and (wrong := verified.difference(model)):
+        restore(model)
+        left |= dict.fromkeys(fused, f"fused, {wrong}")
+        fused, verified = {}, None
+    return Fusion(type(model).__name__, fused, left, verified is not None)
+
+
+def restore(model: nn.Module) -> None:
+    """Give all blocks that `fuse` changed their own forward back.
+
+    Works on copies and unpickled models too.
+
+    Args:
+        model: Any module, changed in place.
+
+    Raises:
+        TypeError: If model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Fused):
+            object.__setattr__(module, "__class__", module.original)
+
+
+def _check(model: nn.Module) -> None:
+    """Raise the error that names what cannot be fused, if the model is that."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} in '{name}'" if name else type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"fuse: model must not be scripted, got {where}")
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
+            raise TypeError(f"fuse: model must not be quantized, got {where}")
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Sequence) and not isinstance(example, str):
+        return tuple(example), {}
+    return (example,), {}
+
+
+def _owners(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, list[int] | None]:
+    """Return the modules that own sites, and which operand the skip of each is."""
+    policy = _Skips()
+    visit("fuse", model, policy, args, kwargs)
+    names = {name for name, _ in model.named_modules()}
+    return {name if name in names else "": skips for name, skips in policy.owners.items()}
+
+
+def _candidates(model: nn.Module) -> dict[str, list[int] | None]:
+    """Return the modules whose own code may end in a batch norm and an add."""
+    return {
+        name: None
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        and any(norm_of(child) for child in module.children())
+    }
+
+
+class _Skips:
+    """Policy: notes which modules own the sites, and which operand of each add is the skip."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, list[int]] = defaultdict(list)  # name -> skips
+        self._names: list[str] = []
+
+    def begin(self) -> None: ...
+
+    def meet(self, site: int, owner: str) -> None:
+        self._names.append(owner)
+
+    def at(self, site: int, call: Add, skip: int) -> Any:
+        self.owners[self._names[site]].append(skip)
+        return call.call()
+
+    def stack(self, first: int, call: Stack) -> Any:
+        return call.call()
+
+    def passed(self, sites: list[Site]) -> None: ...
+
+    def failed(self) -> None: ...

@@ -1,0 +1,175 @@
+"""fused: what a fused block runs, and its class, which is the class it had with another forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastres.declaring import add, fused_add, fused_norm
+from fastres.hooks import Hook, Idle
+from fastres.ops import native
+
+NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Branch = tuple[Tensor, nn.Module | None]  # and the batch norm that is still to come
+
+
+def is_bare(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Tell whether a module is exactly of one of these types and has nothing of its own on it.
+
+    The hooks of a policy do not count: it sees the fused call itself.
+    """
+    if type(module) not in types or "forward" in vars(module):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(isinstance(hook, Hook | Idle) for some in hooks for hook in some.values())
+
+
+def _is_hooked() -> bool:
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def norm_of(tail: nn.Module) -> nn.Module | None:
+    """Return the batch norm that a module is, or that a Sequential ends in."""
+    while isinstance(tail, nn.Sequential) and is_bare(tail, nn.Sequential) and len(tail):
+        tail = tail[-1]
+    return tail if is_bare(tail, *NORMS) else None
+
+
+def run_branch(tail: nn.Module, x: Tensor) -> Branch:
+    """Run the end of a branch, but not the batch norm that it ends in: `join` does.
+
+    Decided at every call, so that a batch norm which has been exchanged, or has got a hook, or is
+    on a device without kernels, runs as it would without fastres.
+    """
+    norm = None if _is_hooked() or not native.runs_on(x) else norm_of(tail)
+    if norm is None:
+        return tail(x), None
+    while tail is not norm:
+        *parts, tail = cast("nn.Sequential", tail).children()
+        for part in parts:
+            x = part(x)
+    norm._check_input_dim(x)  # type: ignore[operator]
+    return x, norm
+
+
+def join(
+    skip: Tensor, branch: Branch | Tensor, relu: nn.Module | bool = False, into: bool = False
+) -> Tensor:
+    """Add a branch to its skip, after its batch norm and before the ReLU, if there are any.
+
+    Args:
+        skip: [B, ...].
+        branch: [B, ...], or what `run_branch` returned.
+        relu: Whether there is a ReLU, or the module of it.
+        into: Whether the sum was written into the branch, and had its dtype.
+    """
+    f, norm = (branch, None) if isinstance(branch, Tensor) else branch
+    plain = isinstance(relu, bool) or (is_bare(relu, nn.ReLU) and not _is_hooked())
+    if skip.shape != f.shape or not plain or not native.runs_on(f):
+        y = add(skip, f if norm is None else norm(f))
+        y = y.to(f.dtype) if into else y
+        return y if relu is False else F.relu(y) if relu is True else relu(y)
+    if norm is not None:
+        y = _normed(cast("nn.BatchNorm2d", norm), skip, f, relu is not False)
+    else:
+        y = add(skip, f) if relu is False else fused_add(skip, f, None, True)[0]
+    return y.to(f.dtype) if into else y
+
+
+def _normed(norm: nn.BatchNorm2d, skip: Tensor, f: Tensor, relu: bool) -> Tensor:
+    """Run the operator as `norm` would run: the rules are those of nn.BatchNorm2d.forward."""
+    tracks = norm.training and norm.track_running_stats
+    count = norm.num_batches_tracked if tracks else None
+    kept = tracks or not norm.training
+    return fused_norm(
+        skip,
+        f,
+        norm.running_mean if kept else None,
+        norm.running_var if kept else None,
+        norm.weight,
+        norm.bias,
+        None,
+        relu,
+        training=norm.training or norm.running_mean is None,
+        momentum=0.0 if norm.momentum is None and count is None else norm.momentum,
+        eps=norm.eps,
+        num_batches_tracked=count,
+    )[0]
+
+
+@dataclass(frozen=True)
+class Code:
+    """The forward of a fused block, as it was written from its graph.
+
+    Attributes:
+        source: Python, with a function `forward`.
+        names: What it reads besides its arguments.
+        reads: Attributes that the original forward read: it may do something else when one is set.
+    """
+
+    source: str
+    names: tuple[tuple[str, Any], ...]
+    reads: frozenset[str]
+
+
+class _Block(Protocol):
+    original: ClassVar[type[nn.Module]]
+    code: ClassVar[Code]
+
+
+class Fused(nn.Module):
+    """What all fused blocks have besides their own class: a way back."""
+
+    original: ClassVar[type[nn.Module]]
+    code: ClassVar[Code]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the block gets its own forward back if that has read it."""
+        if name in self.code.reads:
+            object.__setattr__(self, "__class__", self.original)
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Copy and pickle it as its own class, and the way to make the other."""
+        made = super().__reduce_ex__(protocol)
+        assert isinstance(made, tuple)
+        return revived, (self.original, self.code), *made[2:]
+
+
+def is_fusible(kind: type[nn.Module]) -> bool:
+    """Tell whether modules of a class are copied and pickled in the common way."""
+    common = (object.__reduce__, object.__reduce_ex__)
+    return (kind.__reduce__, kind.__reduce_ex__) == common and not hasattr(kind, "__deepcopy__")
+
+
+@lru_cache(None)
+def fused_class(original: Any, code: Code) -> type[nn.Module]:
+    """Make the class of the fused blocks of a class: the same, with another forward."""
+    space = dict(fx.Graph().python_code("self").globals) | dict(code.names)
+    exec(compile(code.source, f"<fused {original.__qualname__}>", "exec"), space)
+    forward: Callable[..., Any] = space["forward"]
+    forward.__doc__ = original.forward.__doc__
+    body = {
+        "original": original,
+        "code": code,
+        "forward": forward,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (Fused, original), body)
+
+
+def revived(original: type[nn.Module], code: Code) -> nn.Module:
+    """Make an empty fused block, for copy and pickle."""
+    kind = fused_class(cast("Any", original), code)
+    return kind.__new__(kind)

@@ -1,0 +1,218 @@
+"""stretches: finds, in the code of one module, the adds that have a fused form, and writes it."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, cast
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _NormBase
+
+from fastres.declaring import add
+from fastres.fused import NORMS, Code, is_bare, is_fusible, join, norm_of, run_branch
+
+_INTO: Final = (operator.iadd, "add_", "__iadd__")
+_ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
+_RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
+
+
+class NotFused(Exception):  # noqa: N818
+    """Why a module keeps its own forward."""
+
+
+class _Proxy(fx.Proxy):
+    """Stands for a tensor; keeps what is done in place, which that of torch.fx takes for a copy."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def call(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return call
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _Tracer(fx.Tracer):
+    """Follows one module's own code: what its children do is their own business."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def graph_of(module: nn.Module) -> tuple[fx.Graph, frozenset[str]]:
+    """Return the graph of a module's forward in its present mode, and the attributes it reads.
+
+    Raises:
+        NotFused: If the code is not a plain sequence of operations.
+    """
+    reads: set[str] = set()
+
+    def read(self: nn.Module, name: str) -> Any:
+        reads.add(name)
+        return kind.__getattribute__(self, name)
+
+    def write(self: nn.Module, name: str, value: Any) -> None:
+        raise NotFused(f"its forward sets {name}")
+
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
+    type(module).__setattr__ = write  # type: ignore[method-assign]
+    try:
+        graph = _Tracer().trace(module)
+    except NotFused:
+        raise
+    except Exception as error:  # whatever the code does with what is no tensor
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NotFused(f"its forward cannot be followed: {reason}") from error
+    finally:
+        object.__setattr__(module, "__class__", kind)
+    for node in graph.nodes:
+        node.type = None
+    return graph, frozenset(reads - set(dir(nn.Module())))
+
+
+def _check(module: nn.Module) -> None:
+    """Raise NotFused if a module's forward is not simply that of its class."""
+    if "forward" in vars(module):
+        raise NotFused("it has a forward of its own")
+    if not is_fusible(type(module)):
+        raise NotFused("its class has a way of its own to be copied")
+    for name, one in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+        if one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            raise NotFused(f"its forward has an optional argument, {name}")
+
+
+def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
+    """Write the fused forward of a module; return it, and what is fused in it.
+
+    Args:
+        module: Owns one or more residual adds.
+        skips: Of its sites, in the order in which they ran, which operand is the skip; None: told
+            from the graph.
+
+    Raises:
+        NotFused: If there is none, with the reason.
+    """
+    _check(module)
+    graph, reads = graph_of(module)
+    vars(module)["training"] = not module.training
+    try:
+        other, _ = graph_of(module)
+    finally:
+        vars(module)["training"] = not module.training
+    if str(other) != str(graph):
+        raise NotFused("its forward depends on its mode, training or eval")
+    adds = [node for node in graph.nodes if _is_add(node)]
+    if skips is None:
+        adds = [node for node in adds if _weight(module, node, 0) != _weight(module, node, 1)]
+        skips = [int(_weight(module, node, 0) > _weight(module, node, 1)) for node in adds]
+    if not adds or len(skips) % len(adds):
+        raise NotFused(f"its forward has {len(adds)} adds, and {len(skips)} are residual")
+    skips, again = skips[: len(adds)], skips[len(adds) :]
+    if any(skip != skips[i % len(adds)] for i, skip in enumerate(again)):
+        raise NotFused("its skip and its branch change places from call to call")
+    what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
+    python = graph.python_code("self")
+    known = fx.Graph().python_code("self").globals
+    names = tuple((k, v) for k, v in python.globals.items() if k not in known)
+    return Code(python.src, names, reads), ", ".join(what)
+
+
+def _is_add(node: fx.Node) -> bool:
+    return (
+        node.op in ("call_function", "call_method")
+        and node.target in _ADDS
+        and len(node.args) == 2
+        and all(isinstance(each, fx.Node) for each in node.args)
+    )
+
+
+def _above(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and all that it is computed from."""
+    seen, left = {node}, [node]
+    while left:
+        yield (one := left.pop())
+        left += [each for each in one.all_input_nodes if each not in seen]
+        seen.update(one.all_input_nodes)
+
+
+def _weight(module: nn.Module, total: fx.Node, side: int) -> int:
+    """Count the modules on the way to one side of a sum: the branch has more."""
+    nodes = _above(cast("fx.Node", total.args[side]))
+    return sum(
+        len(list(module.get_submodule(str(node.target)).modules()))
+        for node in nodes
+        if node.op == "call_module"
+    )
+
+
+def _fuse(module: nn.Module, graph: fx.Graph, total: fx.Node, side: int) -> str:
+    """Rewrite one add, with the batch norm before it and the ReLU after it; return what it was."""
+    skip, branch = (cast("fx.Node", total.args[i]) for i in (side, 1 - side))
+    into = total.target in _INTO
+    if total.kwargs:
+        raise NotFused("its add scales one side")
+    if into and total.args[0] is skip:
+        raise NotFused("it adds into its skip in place")
+    norm, relu = _norm(module, branch), _relu(module, total)
+    if into and not norm and relu is None:
+        raise NotFused("it adds in place, and there is nothing beside that")
+    if norm:
+        with graph.inserting_before(branch):
+            tail = graph.get_attr(str(branch.target))
+            begun = graph.call_function(run_branch, (tail, branch.args[0]))
+        branch.replace_all_uses_with(begun)
+        graph.erase_node(branch)
+        branch = begun
+    end = total if relu is None else relu
+    with graph.inserting_before(end):
+        act: Any = relu is not None
+        if relu is not None and relu.op == "call_module":
+            act = graph.get_attr(str(relu.target))
+        joined = graph.call_function(join, (skip, branch, act, into))
+    end.replace_all_uses_with(joined)
+    graph.erase_node(end)
+    if relu is not None:
+        graph.erase_node(total)
+    parts = ["batch norm"] * norm + ["add"] + ["ReLU"] * (relu is not None)
+    return " + ".join(parts)
+
+
+def _norm(module: nn.Module, branch: fx.Node) -> bool:
+    """Tell whether a branch ends in a batch norm that can wait for the add."""
+    if branch.op != "call_module" or len(branch.users) != 1:
+        return False
+    tail = module.get_submodule(str(branch.target))
+    if norm_of(tail) is None:
+        if isinstance(tail, _NormBase):
+            has = "has hooks" if type(tail) in NORMS else f"is a {type(tail).__name__}"
+            raise NotFused(f"its batch norm {branch.target} {has}")
+        return False
+    if len(branch.args) != 1 or branch.kwargs:
+        return False
+    given = branch.args[0]
+    begins = isinstance(tail, nn.Sequential) and len(tail) > 1  # what the norm takes is its own
+    return begins or (isinstance(given, fx.Node) and len(given.users) == 1)
+
+
+def _relu(module: nn.Module, total: fx.Node) -> fx.Node | None:
+    """Return the ReLU that takes a sum which nobody else takes."""
+    if len(total.users) != 1:
+        return None
+    (user,) = total.users
+    if user.args[:1] != (total,):
+        return None
+    if user.op == "call_module":
+        return user if is_bare(module.get_submodule(str(user.target)), nn.ReLU) else None
+    known = user.op in ("call_function", "call_method") and user.target in _RELUS
+    return user if known else None
