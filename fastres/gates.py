@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastres.adds import NORMED, Add, Site, Stack
 from fastres.ops import Stats
-from fastres.ops.layout import accumulate, per_sample
+from fastres.ops.layout import accumulate, scaled
 from fastres.watching import Watch
 
 __all__ = ["Gate", "Gates", "GatesLike", "gate"]
@@ -195,17 +195,12 @@ def _scaled(call: Add, side: int, gate: Gate) -> Add:
     if call.func in NORMED:  # the branch is what comes out of the batch norm
         return call.gated(gate)
     branch = call.operands[side]
-    scale = per_sample(gate, branch) if isinstance(gate, Tensor) else gate
-    if isinstance(scale, Tensor) and scale.dtype != branch.dtype:
-        wide = accumulate(branch.dtype)
-        scaled = (branch.to(wide) * scale.to(wide)).to(branch.dtype)
-    else:
-        scaled = branch * scale
+    product = scaled(branch, gate)
     if not call.writes(side):
-        return call.replaced(side, scaled)
-    if scaled.requires_grad:  # what the product keeps of the branch must not be written over
-        scaled = branch.clone() * scale
-    branch.copy_(scaled)
+        return call.replaced(side, product)
+    if product.requires_grad:  # what the product keeps of the branch must not be written over
+        product = scaled(branch.clone(), gate)
+    branch.copy_(product)
     return call
 
 

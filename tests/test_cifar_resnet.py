@@ -83,6 +83,63 @@ def test_every_block_is_one_site_and_two_of_them_project(option, preactivation):
     assert projected == ["layer2.0", "layer3.0"]
 
 
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_gates_as_an_input_are_gates_on_the_sites_bit_for_bit(preactivation):
+    torch.manual_seed(0)
+    model = cifar_resnet(20, preactivation=preactivation).eval()
+    x = torch.randn(3, 3, 32, 32)
+    names = [site.name for site in fastres.trace(model, x)]
+    rows = torch.rand(9, 3)
+    for gates, by_site in (
+        (rows, rows),
+        (rows[:, 0], rows[:, 0]),
+        (0.5, torch.full((9,), 0.5)),
+        (torch.tensor(0.25, dtype=torch.float64), torch.full((9,), 0.25)),
+        (1.0, torch.ones(9)),
+    ):
+        with torch.no_grad(), fastres.gate(model, dict(zip(names, by_site, strict=True))):
+            expected = model(x)
+        with torch.no_grad(), fastres.record(model) as tape:
+            assert torch.equal(model(x, gates), expected)
+        assert tape.names == names
+    assert torch.equal(model(x, 1.0), model(x))
+    closed = torch.ones(9)
+    closed[4] = 0
+    assert not torch.allclose(model(x, closed), model(x))
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck, PreActBlock])
+def test_the_gate_of_a_block_scales_its_branch_and_has_a_gradient(kind):
+    torch.manual_seed(0)
+    block = kind(8, 2 if kind is Bottleneck else 8).double().eval()
+    x = torch.rand(3, 8, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(block(x, 0.0), x)  # not negative: the last ReLU keeps it
+    half, whole = block(x, 1e-6) - x, block(x, 2e-6) - x
+    torch.testing.assert_close(2 * half, whole, rtol=1e-6, atol=1e-12)
+    gate = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: block(x, g), (gate,))
+    with fastres.record(block, per_sample=True) as tape:
+        block(x, gate.detach())
+    with fastres.record(block, per_sample=True) as plain:
+        block(x)
+    torch.testing.assert_close(tape.branch_sq, plain.branch_sq * gate.detach() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("gates", "kind", "message"),
+    [
+        (torch.ones(3), ValueError, r"gate must have shape \[\], \[9\] or \[9, 2\], got \[3\]"),
+        (torch.ones(9, 4), ValueError, r"gate must have shape"),
+        ("open", TypeError, "gate must be a number or tensor, got str"),
+    ],
+)
+def test_wrong_gates_are_told(gates, kind, message):
+    with pytest.raises(kind, match=f"CifarResNet: {message}"):
+        cifar_resnet(20)(torch.ones(2, 3, 32, 32), gates)
+    with pytest.raises(kind, match="block: gate must"):
+        BasicBlock(3, 3)(torch.ones(2, 3, 4, 4), gates)
+
+
 def test_a_fresh_network_learns_a_batch_by_heart():
     torch.manual_seed(0)
     model = cifar_resnet(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,8 +10,20 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastres.nn.conv_blocks import OPTIONS, BasicBlock, PreActBlock
 from fastres.nn.weights import load_weights
+from fastres.ops.calls import check_gate
+from fastres.ops.stack_inputs import expanded
 
 STAGES = (16, 32, 64)  # channels; height and width are halved from stage to stage
+
+
+class Stage(nn.Sequential):
+    """Blocks one after the other, each with a gate of its own."""
+
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Map x [B, C, H, W] by all blocks; gates [blocks, B] scale their branches, None: 1."""
+        for block, gate in zip(self, repeat(None) if gates is None else gates, strict=False):
+            x = block(x, gate)
+        return x
 
 
 class CifarResNet(nn.Module):
@@ -35,7 +48,7 @@ class CifarResNet(nn.Module):
         for stage, outputs in enumerate(STAGES, 1):
             first = block(inputs, outputs, 1 if stage == 1 else 2, option)
             later = [block(outputs, outputs, 1, option) for _ in range((depth - 2) // 6 - 1)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *later))
+            self.add_module(f"layer{stage}", Stage(first, *later))
             inputs = outputs
         self.linear = nn.Linear(inputs, classes)
         self.reset_parameters()
@@ -49,15 +62,23 @@ class CifarResNet(nn.Module):
                 module.reset_parameters()
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images x [B, 3, H, W] to logits [B, classes]; made for H = W = 32."""
+    def forward(self, x: Tensor, gates: float | Tensor | None = None) -> Tensor:
+        """Map images x [B, 3, H, W] to logits [B, classes]; made for H = W = 32.
+
+        Gates scale the L = (depth - 2) / 2 branches: a number, or a tensor [], [L] or [L, B];
+        None: 1.
+        """
         if x.dim() != 4 or x.size(1) != 3:
             raise ValueError(f"CifarResNet: x must have shape [B, 3, H, W], got {[*x.shape]}")
+        each = (self.depth - 2) // 6
+        check_gate("CifarResNet", gates, x, len(STAGES) * each, x.size(0))
+        rows = expanded(gates, x, len(STAGES) * each)
         x = self.conv1(x)
         if not self.preactivation:
             x = F.relu(self.bn1(x))
         for stage in range(1, len(STAGES) + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
+            own = None if rows is None else rows[(stage - 1) * each : stage * each]
+            x = self.get_submodule(f"layer{stage}")(x, own)
         if self.preactivation:
             x = F.relu(self.bn1(x))
         logits: Tensor = self.linear(x.mean((2, 3)))

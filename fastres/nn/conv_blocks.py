@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fastres.ops.calls import check_gate
+from fastres.ops.layout import scaled
 from fastres.sites import add
 
 OPTIONS = ("A", "B")
@@ -46,6 +48,12 @@ def _shortcut(inputs: int, outputs: int, stride: int, option: str, norm: bool) -
     return nn.Sequential(convolution, *([nn.BatchNorm2d(outputs)] if norm else []))
 
 
+def _join(skip: Tensor, branch: Tensor, gate: float | Tensor | None) -> Tensor:
+    """Compute skip + gate * branch, as a site."""
+    check_gate("block", gate, branch, branch.size(0))
+    return add(skip, branch if gate is None else scaled(branch, gate))
+
+
 class BasicBlock(nn.Module):
     """y = relu(skip + bn2(conv2(relu(bn1(conv1(x)))))), two convolutions of 3x3.
 
@@ -67,10 +75,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = _shortcut(inputs, outputs, stride, option, norm=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
+        """Map x [B, inputs, H, W] to [B, outputs, H / stride, W / stride].
+
+        The gate scales the branch, bn2(...): a number, or a tensor [] or [B]; None: 1.
+        """
         branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(add(self.shortcut(x), branch))
+        return F.relu(_join(self.shortcut(x), branch, gate))
 
 
 class Bottleneck(nn.Module):
@@ -98,10 +109,13 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.shortcut = _shortcut(inputs, outputs, stride, option, norm=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
+        """Map x [B, inputs, H, W] to [B, 4 * width, H / stride, W / stride].
+
+        The gate scales the branch, as in BasicBlock.
+        """
         inner = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        return F.relu(add(self.shortcut(x), self.bn3(self.conv3(inner))))
+        return F.relu(_join(self.shortcut(x), self.bn3(self.conv3(inner)), gate))
 
 
 class PreActBlock(nn.Module):
@@ -126,8 +140,11 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.shortcut = _shortcut(inputs, outputs, stride, option, norm=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+    def forward(self, x: Tensor, gate: float | Tensor | None = None) -> Tensor:
+        """Map x [B, inputs, H, W] to [B, outputs, H / stride, W / stride].
+
+        The gate scales the branch, as in BasicBlock.
+        """
         active = F.relu(self.bn1(x))
         skip = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(active)
-        return add(skip, self.conv2(F.relu(self.bn2(self.conv1(active)))))
+        return _join(skip, self.conv2(F.relu(self.bn2(self.conv1(active)))), gate)

@@ -78,6 +78,20 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def scaled(t: Tensor, gate: float | Tensor) -> Tensor:
+    """Scale the samples of t [B, ...] by a number or a tensor [] or [B], rounded once to t's dtype.
+
+    A gate of another dtype multiplies in the dtype of sums.
+    """
+    if not isinstance(gate, Tensor):
+        return t * gate
+    scale = per_sample(gate, t)
+    if scale.dtype == t.dtype:
+        return t * scale
+    wide = accumulate(t.dtype)
+    return (t.to(wide) * scale.to(wide)).to(t.dtype)
+
+
 def unpack_bits(bits: Tensor, like: Tensor, strides: tuple[int, ...], lines: int = 1) -> Tensor:
     """Unpack one bit per element to a boolean tensor in the shape of `like`, [B, ...].
 
