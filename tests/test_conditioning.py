@@ -287,6 +287,27 @@ def test_eigenvalues_know_their_condition_numbers_and_index():
     assert math.isnan(Eigenvalues(torch.zeros(2).double()).condition)
 
 
+def test_the_tenth_percentile_is_that_of_torch_and_has_no_largest_number_of_eigenvalues():
+    for count in (1, 2, 10, 11, 57):
+        values = torch.randn(count, generator=torch.Generator().manual_seed(count)).double()
+        wanted = torch.quantile(values.abs(), 0.1).item()
+        assert Eigenvalues(values).tenth == pytest.approx(wanted, rel=1e-12)
+    assert Eigenvalues(torch.ones(1, dtype=torch.float64).expand((1 << 24) + 1)).tenth == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_that_are_rounding_are_not_below_zero(dtype):
+    factor = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = eigenvalues(factor @ factor.mT)  # of rank 40
+    assert (found.values < 0).any()
+    assert found.index == 0
+
+
+def test_a_matrix_of_no_real_floating_dtype_has_no_eigenvalues():
+    with pytest.raises(TypeError, match=r"matrix must have a floating dtype, got torch\.complex64"):
+        eigenvalues(torch.eye(2) * 1j)
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (0, 0), (2, 2)])
 def test_what_is_no_finite_square_matrix_has_no_eigenvalues(shape):
     with pytest.raises(ValueError, match="eigenvalues: matrix must"):

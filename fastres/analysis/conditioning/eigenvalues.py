@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ class Eigenvalues:
 
     Attributes:
         values: All of them, [P] float64, ascending.
+        rounding: The relative rounding error of the matrix that they are of.
     """
 
     values: Tensor
+    rounding: float = torch.finfo(torch.float64).eps
 
     @cached_property
     def magnitudes(self) -> Tensor:
@@ -38,7 +41,9 @@ class Eigenvalues:
     @property
     def tenth(self) -> float:
         """The 10th percentile of |eigenvalue|, linear between neighbours."""
-        return float(torch.quantile(self.magnitudes, 0.1))
+        place = 0.1 * (len(self.magnitudes) - 1)
+        low, high = self.magnitudes[math.floor(place)], self.magnitudes[math.ceil(place)]
+        return float(torch.lerp(low, high, place % 1))  # torch.quantile takes no more than 2^24
 
     @property
     def condition(self) -> float:
@@ -57,9 +62,9 @@ class Eigenvalues:
     def index(self) -> float:
         """The fraction of eigenvalues below zero.
 
-        Those within the rounding error of zero, P eps max |eigenvalue|, are not.
+        Those within the rounding error of zero, P rounding max |eigenvalue|, are not.
         """
-        tolerance = len(self.values) * torch.finfo(torch.float64).eps * self.largest
+        tolerance = len(self.values) * self.rounding * self.largest
         return float((self.values < -tolerance).double().mean())
 
 
@@ -73,13 +78,17 @@ def eigenvalues(matrix: Tensor) -> Eigenvalues:
     """Find the eigenvalues of a symmetric matrix [P, P], in float64.
 
     Raises:
+        TypeError: If its dtype is not a real floating one.
         ValueError: If it is not square, empty, or not finite.
     """
     if matrix.dim() != 2 or matrix.size(0) != matrix.size(1) or len(matrix) == 0:
         raise ValueError(f"eigenvalues: matrix must have shape [P, P], got {[*matrix.shape]}")
+    if not matrix.is_floating_point():
+        raise TypeError(f"eigenvalues: matrix must have a floating dtype, got {matrix.dtype}")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("eigenvalues: matrix must be finite, got inf or nan")
-    return Eigenvalues(torch.linalg.eigvalsh(matrix.detach().double()))
+    values = torch.linalg.eigvalsh(matrix.detach().double())
+    return Eigenvalues(values, torch.finfo(matrix.dtype).eps)
 
 
 def stationary_order(
