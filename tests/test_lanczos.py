@@ -104,6 +104,16 @@ def test_scipy_multiplies_vectors_and_matrices():
     np.testing.assert_allclose(made.T @ x, operator.matrix.numpy() @ x)
 
 
+@pytest.mark.filterwarnings("error")
+def test_scipy_multiplies_reversed_and_read_only_arrays():
+    pytest.importorskip("scipy")
+    operator = with_eigenvalues(range(6))
+    made, x = operator.to_scipy(), np.arange(6.0)
+    x.setflags(write=False)
+    np.testing.assert_allclose(made @ x, operator.matrix.numpy() @ x)
+    np.testing.assert_allclose(made @ x[::-1], operator.matrix.numpy() @ x[::-1])
+
+
 def test_curvlinops_takes_an_operator_and_ours_take_one_of_curvlinops():
     curvlinops = pytest.importorskip("curvlinops")
     operator = with_eigenvalues(np.linspace(-1, 3, 40))
@@ -130,6 +140,11 @@ def test_the_hessian_of_a_function_of_several_tensors_is_that_of_autograd():
     leaf = whole.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf[:3], leaf[3:]), leaf)
     torch.testing.assert_close(operator.gradient(), gradient)
+
+
+def test_a_number_is_a_point_as_well():
+    operator = FunctionHessian(lambda a, b: a**3 * b.sum(), torch.tensor(2.0), torch.ones(2))
+    torch.testing.assert_close(operator.dense()[0], torch.tensor([24.0, 12.0, 12.0]))
 
 
 @pytest.mark.parametrize(

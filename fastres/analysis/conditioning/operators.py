@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,10 +81,12 @@ class SymmetricOperator(ABC):
                 "hessian: to_scipy needs SciPy: pip install 'fastres[hessian]'"
             ) from None
 
-        def multiply(x: Any) -> Any:
-            return (self @ torch.from_numpy(x)).cpu().numpy()
-
         kind = torch.empty(0, dtype=self.dtype).numpy().dtype
+
+        def multiply(x: Any) -> Any:
+            own = np.array(x, kind)  # a copy: torch wants no negative strides, no read-only memory
+            return (self @ torch.from_numpy(own)).cpu().numpy()
+
         both = {"matvec": multiply, "matmat": multiply}
         return LinearOperator(self.shape, dtype=kind, rmatvec=multiply, rmatmat=multiply, **both)
 
@@ -149,9 +152,9 @@ class FunctionHessian(SymmetricOperator):
 
         sizes = [t.numel() for t in self.point]
         parts = vectors.split(sizes, 1)  # type: ignore[no-untyped-call]
-        tangents = (p.unflatten(1, t.shape) for p, t in zip(parts, self.point, strict=True))
+        tangents = (p.reshape(-1, *t.shape) for p, t in zip(parts, self.point, strict=True))
         rows = torch.func.vmap(product)(*tangents)
-        return torch.cat([row.flatten(1) for row in rows], 1)
+        return torch.cat([row.reshape(len(vectors), -1) for row in rows], 1)
 
 
 def import_curvlinops(what: str) -> Any:
