@@ -74,7 +74,7 @@ def test_a_tracker_measures_each_block_as_it_is_then(net):
     for step in (0, 10):
         whole = whole_hessian(net)
         rows = tracker.look(step)
-        assert [row.block for row in rows] == ["model", *blocks]
+        assert [row.block for row in rows] == ["whole model", *blocks]
         for row, chosen in zip(rows, [torch.arange(len(whole)), *blocks.values()], strict=True):
             values = eigenvalues(whole[chosen][:, chosen])
             assert row.step == step
@@ -97,7 +97,21 @@ def test_rows_become_a_frame(net):
     tracker = CurvatureTracker(operator, steps=3)
     tracker.look(7)
     frame = tracker.to_frame()
-    assert frame[["step", "block", "parameters"]].values.tolist() == [[7, "model", 24]]
+    assert frame[["step", "block", "parameters"]].values.tolist() == [[7, "whole model", 24]]
+
+
+def test_a_block_may_be_called_model_and_none_as_all_parameters_together():
+    operator = FunctionHessian(lambda x: x.square().sum(), torch.ones(3))
+    chosen = torch.tensor([0, 2])
+    rows = CurvatureTracker(operator, {"model": chosen}).look(0)
+    assert [(row.block, row.parameters) for row in rows] == [("whole model", 3), ("model", 2)]
+    with pytest.raises(ValueError, match="blocks must not have the name 'whole model'"):
+        CurvatureTracker(operator, {"whole model": chosen})
+
+
+def test_blocks_that_are_not_trained_are_left_out(net):
+    net.blocks[1].requires_grad_(False)
+    assert list(blocks_of(net, X)) == ["blocks.0", "blocks.2"]
 
 
 def test_coordinates_beyond_the_operator_are_refused():

@@ -18,7 +18,7 @@ from fastres.sites import trace
 if TYPE_CHECKING:
     import pandas
 
-WHOLE = "model"  # the name of all parameters together
+WHOLE = "whole model"  # all parameters together; no attribute of a module has a space
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Curvature:
     """The Hessian of one block at one moment, as Lanczos sees it."""
 
     step: int
-    block: str  # or "model", for all parameters
+    block: str  # or "whole model", for all parameters
     parameters: int
     largest: float  # eigenvalue
     smallest: float
@@ -92,7 +92,8 @@ def blocks_of(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         inputs: What it is called with, once, to find its sites.
 
     Returns:
-        Name of a block -> coordinates, [Q] int64, in the flattened order of `model_hessian`.
+        Name of a block -> coordinates, [Q] int64, in the flattened order of `model_hessian`; blocks
+        without trained parameters are left out.
     """
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
@@ -105,7 +106,7 @@ def blocks_of(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         name = site.name if slices else match[1]
         if name not in found:
             found[name] = _coordinates(model, part, int(match[2]) if slices else None)
-    return found
+    return {name: chosen for name, chosen in found.items() if len(chosen)}
 
 
 def _coordinates(model: nn.Module, part: nn.Module, block: int | None) -> Tensor:
@@ -154,6 +155,11 @@ class CurvatureTracker:
     ) -> None:
         size = operator.shape[0]
         for name, chosen in (blocks or {}).items():
+            if name == WHOLE:
+                raise ValueError(
+                    f"CurvatureTracker: blocks must not have the name {WHOLE!r}, which is that of "
+                    "all parameters"
+                )
             if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= size:
                 raise ValueError(
                     f"CurvatureTracker: blocks[{name!r}] must be coordinates 0 to {size - 1}, at "
