@@ -247,6 +247,8 @@ def test_with_xavier_the_order_of_magnitude_of_the_reference_holds(mnist):
     [
         ({"y": torch.ones(40, 3)}, r"y must have the shape of x, .*\[40, 4\], got \[40, 3\]"),
         ({"x": torch.ones(40, 3)}, r"x must have shape \[B, 4\], got \[40, 3\]"),
+        ({"x": torch.full((40, 4), torch.inf)}, "x must be finite, got inf or nan"),
+        ({"y": torch.full((40, 4), torch.nan)}, "y must be finite, got inf or nan"),
         ({"x": torch.ones(40, 4)}, "x must have a covariance of full rank, got rank 1 of 4"),
         ({"network": ShortcutNetwork(4, 2, 2, mid="sigmoid")}, "mid must be 0 at 0, got sigmoid"),
         ({"network": ShortcutNetwork(4, 2, 2, shortcut=False)}, "network must have shortcuts"),

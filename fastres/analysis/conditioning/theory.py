@@ -60,8 +60,8 @@ class ZeroHessian(SymmetricOperator):
         y: Targets, [B, d].
 
     Raises:
-        ValueError: If the network has no shortcuts, the shapes do not fit, E[s s^T] is singular, or
-            mid or post is not 0 at 0.
+        ValueError: If the network has no shortcuts, the shapes do not fit, x or y is not finite,
+            E[s s^T] is singular, or mid or post is not 0 at 0.
     """
 
     def __init__(self, network: ShortcutNetwork, x: Tensor, y: Tensor) -> None:
@@ -118,7 +118,7 @@ class ZeroHessian(SymmetricOperator):
         """Find the eigenvalues: in closed form for n >= 2, of the dense matrix for n = 1."""
         size = self.shape[0]
         if self.matrices == 1:
-            values = eigenvalues(self.dense()).values
+            values = eigenvalues(self.dense()).values.cpu()
             return Spectrum(values, torch.ones(size, dtype=torch.int64))
         if self.matrices > 2:
             return Spectrum(torch.zeros(1, dtype=torch.float64), torch.tensor([size]))
@@ -161,3 +161,6 @@ def _check(network: ShortcutNetwork, x: Tensor, y: Tensor) -> None:
             "zero_hessian: y must have the shape of x, as the shortcuts keep their width, "
             f"{[*x.shape]}, got {[*y.shape]}"
         )
+    for name, value in (("x", x), ("y", y)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"zero_hessian: {name} must be finite, got inf or nan")
