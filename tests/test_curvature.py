@@ -125,3 +125,9 @@ def test_a_model_without_trained_parameters_has_no_hessian():
     pytest.importorskip("curvlinops")
     with pytest.raises(ValueError, match="model must have trained parameters, got none"):
         model_hessian(nn.ReLU(), nn.MSELoss(), [])
+
+
+def test_a_mean_over_no_data_has_no_hessian(net):
+    pytest.importorskip("curvlinops")
+    with pytest.raises(ValueError, match="data must have at least one batch, got none"):
+        model_hessian(net, nn.MSELoss(), [])

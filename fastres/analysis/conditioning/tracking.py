@@ -70,12 +70,14 @@ def model_hessian(
 
     Raises:
         ModuleNotFoundError: Without curvlinops.
-        ValueError: If the model has no trained parameters.
+        ValueError: If the model has no trained parameters, or there are no data.
     """
     curvlinops = import_curvlinops("model_hessian")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model_hessian: model must have trained parameters, got none")
+    if not data:
+        raise ValueError("model_hessian: data must have at least one batch, got none")
     made: Operator = curvlinops.HessianLinearOperator(model, loss, parameters, list(data))
     return made
 
