@@ -127,6 +127,42 @@ def test_a_model_without_trained_parameters_has_no_hessian():
         model_hessian(nn.ReLU(), nn.MSELoss(), [])
 
 
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "error", "message"),
+    [
+        (nn.Linear(4, 3), nn.L1Loss(), TypeError, "loss must be one of MSELoss, .* got L1Loss"),
+        (nn.Linear(4, 3), cross_entropy, TypeError, "loss must be one of MSELoss, .* got function"),
+        (
+            nn.Sequential(nn.BatchNorm1d(4)),
+            nn.MSELoss(),
+            ValueError,
+            "in eval mode, got 0 in train",
+        ),
+        (tied(), nn.MSELoss(), ValueError, "model must not share parameters"),
+    ],
+    ids=["another loss", "a function", "batch norm in training", "shared parameters"],
+)
+def test_what_curvlinops_cannot_differentiate_is_named(model, loss, error, message):
+    pytest.importorskip("curvlinops")
+    state = [t.clone() for t in model.state_dict().values()]
+    with pytest.raises(error, match=message):
+        model_hessian(model, loss, [(X, Y)])
+    assert all(map(torch.equal, state, model.state_dict().values()))
+
+
+def test_a_tracker_needs_steps_and_draws():
+    operator = FunctionHessian(lambda x: x.square().sum(), torch.ones(3))
+    for name in ("steps", "draws"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            CurvatureTracker(operator, **{name: 0})
+
+
 def test_a_mean_over_no_data_has_no_hessian(net):
     pytest.importorskip("curvlinops")
     with pytest.raises(ValueError, match="data must have at least one batch, got none"):

@@ -71,6 +71,18 @@ def test_fixup_scales_by_the_number_of_matrices_in_a_branch():
     assert not network.weights[:, 2].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "matrix", "variance"), [("fixup", 0, 2 / D), ("scaled", 1, 1 / H)]
+)
+def test_depth_is_that_of_all_stacks_together(name, matrix, variance):
+    torch.manual_seed(0)
+    both = torch.nn.Sequential(*(ResidualStack(D, L, H) for _ in range(2)))
+    initialise(both, name)
+    for each in both:
+        weight = (each.w1, each.w2)[matrix]
+        assert weight.var().item() == pytest.approx(variance / (2 * L), rel=0.02)
+
+
 def test_a_trained_gate_scales_what_its_branch_adds():
     drawn = stack("skipinit").double()
     with torch.no_grad():

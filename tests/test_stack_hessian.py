@@ -76,6 +76,7 @@ def test_its_lanczos_density_has_the_trace_and_the_ends_of_the_matrix():
     [
         ({0: draw(B, D).bfloat16()}, TypeError, "x must be float32 or float64, got torch.bfloat16"),
         ({1: draw(L, H, D + 1)}, ValueError, r"mlp_stack: w1 must have shape \[L, H, 3\]"),
+        ({0: draw(0, D)}, ValueError, "x must have >= 1 sample, got 0"),
         ({5: lambda y: y}, ValueError, r"loss must be a scalar, got shape \[5, 3\]"),
         (
             {i: draw(0, *s) for i, s in ((1, (H, D)), (2, (H,)), (3, (D, H)), (4, (D,)))},

@@ -48,7 +48,7 @@ class Initialisation(NamedTuple):
     what: str
     paper: str
     gate: float  # the value at which a trained gate starts
-    draw: Callable[[Branches], None]  # the weights; biases become 0
+    draw: Callable[[Branches, int], None]  # the weights, of L branches in all; biases become 0
 
 
 def initialise(module: nn.Module, name: str) -> None:
@@ -58,7 +58,8 @@ def initialise(module: nn.Module, name: str) -> None:
     is not in a branch, such as the head of a ResidualMLP, stays as it is.
 
     Args:
-        module: A ResidualMLP, ResidualStack or ShortcutNetwork, or anything that contains some.
+        module: A ResidualMLP, ResidualStack or ShortcutNetwork, or anything that contains some: L
+            is the number of branches in all of it.
         name: One of INITIALISATIONS.
 
     Raises:
@@ -82,49 +83,50 @@ def initialise(module: nn.Module, name: str) -> None:
     if chosen.gate != 1 and any(branches.gate is None for branches in found):
         raise ValueError(f"initialise: module must have trained gates for {name}, got none")
     with torch.no_grad():
+        depth = max(sum(len(branches.weights[0]) for branches in found), 1)
         for branches in found:
-            chosen.draw(branches)
+            chosen.draw(branches, depth)
             for bias in branches.biases:
                 bias.zero_()
             if branches.gate is not None:
                 branches.gate.fill_(chosen.gate)
 
 
-def _xavier(branches: Branches) -> None:
+def _xavier(branches: Branches, _: int) -> None:
     for weight in branches.weights:
         weight.normal_(std=math.sqrt(2 / (weight.size(-1) + weight.size(-2))))
 
 
-def _zero(branches: Branches) -> None:
-    _xavier(branches)
+def _zero(branches: Branches, depth: int) -> None:
+    _xavier(branches, depth)
     for weight in branches.weights:
         weight.mul_(0.01)
 
 
-def _orthogonal(branches: Branches) -> None:
+def _orthogonal(branches: Branches, _: int) -> None:
     for weight in branches.weights:
         for matrix in weight.unbind(0):
             nn.init.orthogonal_(matrix)
 
 
-def _he(branches: Branches) -> None:
+def _he(branches: Branches, _: int) -> None:
     for weight in branches.weights:
         weight.normal_(std=branches.gain / math.sqrt(weight.size(-1)))
 
 
-def _fixup(branches: Branches) -> None:
-    _he(branches)
+def _fixup(branches: Branches, depth: int) -> None:
+    _he(branches, depth)
     *inner, last = branches.weights
     for weight in inner:
-        weight.mul_(max(last.size(0), 1) ** (-0.5 / len(inner)))  # L^(-1 / (2n - 2))
+        weight.mul_(depth ** (-0.5 / len(inner)))  # L^(-1 / (2n - 2))
     last.zero_()
 
 
-def _scaled(branches: Branches) -> None:
+def _scaled(branches: Branches, depth: int) -> None:
     *inner, last = branches.weights
     for weight in inner:
         weight.normal_(std=branches.gain / math.sqrt(weight.size(-1)))
-    last.normal_(std=1 / math.sqrt(last.size(-1) * max(last.size(0), 1)))
+    last.normal_(std=1 / math.sqrt(last.size(-1) * depth))
 
 
 def _listed(*entries: Initialisation) -> Mapping[str, Initialisation]:

@@ -47,7 +47,7 @@ class StackHessian(SymmetricOperator):
 
     Raises:
         TypeError: If x is of half precision, or as mlp_stack.
-        ValueError: As mlp_stack, or if there are no blocks, or the loss is no scalar.
+        ValueError: As mlp_stack, or if there are no blocks or samples, or the loss is no scalar.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class StackHessian(SymmetricOperator):
             states, _ = mlp_stack(x.detach(), *self.weights, gate, activation, return_states=True)
             if len(w1) == 0:
                 raise ValueError("hessian: w1 must have >= 1 block, got 0")
+            if len(x) == 0:
+                raise ValueError("hessian: x must have >= 1 sample, got 0")
             value = loss(states[-1])
         if value.dim():
             raise ValueError(f"hessian: loss must be a scalar, got shape {[*value.shape]}")

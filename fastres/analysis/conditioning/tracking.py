@@ -18,6 +18,7 @@ from fastres.sites import trace
 if TYPE_CHECKING:
     import pandas
 
+_LOSSES = (nn.MSELoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)  # what curvlinops knows
 WHOLE = "whole model"  # all parameters together; no attribute of a module has a space
 
 
@@ -70,9 +71,20 @@ def model_hessian(
 
     Raises:
         ModuleNotFoundError: Without curvlinops.
-        ValueError: If the model has no trained parameters, or there are no data.
+        TypeError: If the loss is none of these.
+        ValueError: If the model has no trained parameters, shares one between modules, or has batch
+            norm in train mode; or if there are no data.
     """
     curvlinops = import_curvlinops("model_hessian")
+    if type(loss) not in _LOSSES:
+        known, kind = ", ".join(each.__name__ for each in _LOSSES), type(loss).__name__
+        raise TypeError(f"model_hessian: loss must be one of {known}, got {kind}")
+    for name, part in model.named_modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training:
+            raise ValueError(f"model_hessian: batch norm must be in eval mode, got {name} in train")
+    named = [*model.named_parameters(remove_duplicate=False)]
+    if len(named) > len({id(p) for _, p in named}):
+        raise ValueError("model_hessian: model must not share parameters between its modules")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model_hessian: model must have trained parameters, got none")
@@ -156,6 +168,9 @@ class CurvatureTracker:
         seed: int = 0,
     ) -> None:
         size = operator.shape[0]
+        for name, value in (("steps", steps), ("draws", draws)):
+            if value < 1:
+                raise ValueError(f"CurvatureTracker: {name} must be >= 1, got {value}")
         for name, chosen in (blocks or {}).items():
             if name == WHOLE:
                 raise ValueError(
