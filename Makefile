@@ -16,7 +16,7 @@ NATIVE := $(DONE)/native-$(FASTRES_BUILD)-$(FASTRES_CUDA)-$(FASTRES_CUDA_ARCHS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint types bench tables gpu clean again
+.PHONY: help demo test build lint types fuzz wheel bench tables gpu clean again
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -37,6 +37,13 @@ lint: $(DONE)/dev  ## ruff, clang-format
 
 types: $(DONE)/dev  ## mypy, strict
 	$(PYTHON) -m mypy
+
+fuzz: $(DONE)/test $(NATIVE)  ## call every operator 2,000 times at random, kill runs 200 times
+	FASTRES_KILLS=200 $(PYTHON) -m pytest tests/test_fuzz.py tests/test_survival.py \
+	  --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+wheel: $(DONE)/build  ## build a wheel for this Python, with the libraries, into dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 bench: $(DONE)/test $(NATIVE)  ## measure on this CPU, into benchmarks/results
 	$(PYTHON) -m benchmarks $(ARGS)
