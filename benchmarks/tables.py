@@ -20,7 +20,16 @@ from typing import Any
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import demo_report, li_claims, li_report, paths_report, veit_report
+from fastres.studies import (
+    demo_report,
+    li_claims,
+    li_report,
+    littwin_wolf_claims,
+    littwin_wolf_report,
+    paths_report,
+    veit_claims,
+    veit_report,
+)
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -136,9 +145,21 @@ def veit() -> str:
     content = json.loads((ROOT / "docs/veit/report.json").read_text())
     arguments, parts = content["arguments"], map(veit_report.Part.parse, content["rows"])
     return (
-        f"```\n{veit_report.text(list(parts))}\n```\n\n"
+        f"```\n{veit_claims.text(list(parts))}\n```\n\n"
         f"{arguments['network']}, images {arguments['images']}; {arguments['draws']} draws of each "
         f"size; torch {content['environment']['torch']}, {content['environment']['date'][:10]}.\n"
+    )
+
+
+def littwin_wolf() -> str:
+    """Return what the study of scales printed when docs/littwin-wolf was made, and of what."""
+    content = json.loads((ROOT / "docs/littwin-wolf/report.json").read_text())
+    arguments, environment = content["arguments"], content["environment"]
+    parts = map(littwin_wolf_report.Part.parse, content["rows"])
+    return (
+        f"```\n{littwin_wolf_claims.text(list(parts))}\n```\n\n"
+        f"{arguments['epochs']} epochs at the rate {arguments['lr']}, {arguments['seeds']} seeds; "
+        f"torch {environment['torch']}, {environment['date'][:10]}.\n"
     )
 
 
@@ -154,7 +175,7 @@ def li() -> str:
     )
 
 
-STUDIES = {"demo": demo, "paths": paths, "veit": veit, "li": li}
+STUDIES = {"demo": demo, "paths": paths, "veit": veit, "littwin_wolf": littwin_wolf, "li": li}
 
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:

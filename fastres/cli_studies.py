@@ -66,15 +66,19 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 def _add_veit(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Delete blocks of a pretrained ResNet for CIFAR-10, one, several, and in other orders, and "
-        "compare with what the paper says. Parts that an earlier run with the same arguments has "
-        "finished are kept."
+        "layers of a plain network trained on digits, and compare with what the paper says. Parts "
+        "that an earlier run with the same arguments has finished are kept."
     )
     option = parser.add_argument
     option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
-    option("--depth", type=int, help="layers of the network, 20 or 56 (56)")
-    option("--images", type=int, help="how many test images (1000)")
+    option("--depth", type=int, help="layers, 20 or 56 (56); with --full any 6 n + 2 (110)")
+    option("--images", type=int, help="how many test images (1000; with --full 10000)")
     option("--draws", type=int, help="random lesions of each size (3)")
     option("--seed", type=int, help="of the lesions (0)")
+    option("--full", action="store_true", default=None, help="train the paper's networks: hours")
+    option("--device", help="torch device of --full (cpu)")
+    option("--epochs", type=int, help="of each network of --full (164)")
+    option("--training-images", type=int, help="of --full (50000)")
     option("--out", type=Path, help="folder (fastres-veit)")
     option("--fresh", action="store_true", help="measure finished parts again")
     parser.set_defaults(run=_run, study="veit")
@@ -86,9 +90,16 @@ def _add_littwin_wolf(parser: argparse.ArgumentParser) -> None:
         "path lengths. Trainings that an earlier run with the same arguments has finished are kept."
     )
     option = parser.add_argument
-    option("--epochs", type=int, help="of SGD on batches of 50 (10)")
-    option("--lr", type=float, help="learning rate (0.05)")
+    option("--epochs", type=int, help="of SGD on batches of 50 (12)")
+    option("--lr", type=float, help="learning rate (0.002)")
+    option("--spread", type=float, help="of the class means, the noise being 1 (1)")
+    option("--head", type=float, help="of torch's start of the last layer, how much (0.1)")
     option("--seeds", type=int, help="trainings of each network (3)")
+    option("--full", action="store_true", default=None, help="also ResNet-32 on CIFAR-10: hours")
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--device", help="torch device of ResNet-32 (cpu)")
+    option("--cifar-epochs", type=int, help="of ResNet-32 (164)")
+    option("--images", type=int, help="of each half of CIFAR-10 (50000)")
     option("--out", type=Path, help="folder (fastres-littwin-wolf)")
     option("--fresh", action="store_true", help="train again what is finished")
     parser.set_defaults(run=_run, study="littwin_wolf")

@@ -72,6 +72,8 @@ def test_a_checkpoint_of_other_arguments_is_not_taken_up(tmp_path):
     list(train_epochs(made(), x, y, Schedule(epochs=1), path, []))
     assert list(train_epochs(made(), x, y, Schedule(epochs=2), path, [])) == [0, 1, 2]
     assert list(train_epochs(made(), x, y, Schedule(epochs=2), path, [], seed=1)) == [0, 1, 2]
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    assert list(train_epochs(other, x, y, Schedule(epochs=2), path, [], seed=1)) == [0, 1, 2]
 
 
 def test_blocks_are_gated_in_training_and_open_at_the_stops(tmp_path):

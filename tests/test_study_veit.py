@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastres.cli import main
+from fastres.data import load
 from fastres.gates import gate
 from fastres.sites import trace
 from fastres.studies import veit, veit_plots
@@ -20,7 +22,10 @@ from fastres.studies.claims import Claim
 from fastres.studies.claims import text as claims_text
 from fastres.studies.paths_network import untrained
 from fastres.studies.veit import Options, Study, run
-from fastres.studies.veit_report import Part, claims_of, means, rows_of, text
+from fastres.studies.veit_claims import claims_of, text
+from fastres.studies.veit_plain import LAYERS, control, delete_layers, network
+from fastres.studies.veit_report import Part, means, rows_of
+from fastres.training import Recipe
 
 ROOT = os.environ.get("FASTRES_DATA")
 needs_files = pytest.mark.skipif(not ROOT, reason="FASTRES_DATA is not set")
@@ -34,10 +39,11 @@ def quick(tmp_path, monkeypatch) -> Options:
     network = untrained(20, x, 0)
     with torch.no_grad():
         y = network(x).argmax(1)
-    study = Study(network, tuple(trace(network, x[:1])), x, y, x, "0")
+    study = Study(network, tuple(trace(network, x[:1])), x, y, (x, y), "0")
     monkeypatch.setattr(veit, "prepare", lambda _: study)
     plan = (("single", 1), ("several", 2), ("several", 3), ("order", 1), ("recalibrated", 3))
     monkeypatch.setattr(veit, "PLANS", {20: plan})
+    monkeypatch.setattr(veit, "CONTROL", ())
     return Options(depth=20, images=6, draws=2, out=tmp_path / "new" / "folder")
 
 
@@ -157,7 +163,6 @@ def test_a_claim_agrees_only_where_the_figures_do():
     assert not found["20 of 54 deleted; here 10 of 27"]
     assert not found["error as more are deleted"]  # two hurt less than one
     assert found["error as Kendall's tau falls"]
-    assert found["one layer of a plain VGG deleted"] is None
     other = agreed(
         [
             replace(single, error=[0.12, 0.07, 0.09, 0.15]),
@@ -170,6 +175,96 @@ def test_a_claim_agrees_only_where_the_figures_do():
     assert other["error as more are deleted"]
     assert other["20 of 54 deleted; here 14 of 27"]
     assert not other["error as Kendall's tau falls"]
+
+
+def test_controls_are_judged_beside_the_network():
+    single = part("single", 1, [0.1, 0.12], deleted=["layer1.1", "layer1.2"])
+    plain, near = (
+        part("plain", 15, [0.9, 0.85]),
+        replace(part("effective", 1, [0.1]), baseline=0.065),
+    )
+    resilient, fragile = (part("stochastic", 1, [e, e]) for e in (0.08, 0.2))
+    found = agreed([single, plain, resilient, near])
+    assert found["one of 27 layers of a plain network deleted"]
+    assert found["one block deleted, stochastic depth"]
+    assert found["trained with 23 of 54 blocks, or as large a part"]
+    worse = agreed([single, replace(plain, error=[0.3, 0.9]), fragile, replace(near, baseline=0.1)])
+    assert not worse["one of 27 layers of a plain network deleted"]
+    assert not worse["one block deleted, stochastic depth"]
+    assert not worse["trained with 23 of 54 blocks, or as large a part"]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_deleting_a_layer_hands_on_what_it_was_given(skips):
+    torch.manual_seed(0)
+    model = network(3, 8, 4, skips, layers=5).eval()
+    x, y = torch.randn(30, 3, 8, 8), torch.randint(10, (30,))
+    for layer in (part for part in model if hasattr(part, "norm")):
+        layer.norm.running_mean.normal_()
+    found = delete_layers(model, x, y)
+    assert found.sites == ("1", "3", "4")  # 2 halves the images
+    for name, values in zip(found.sites, found.values, strict=True):
+        other = nn.Sequential(
+            *[nn.Identity() if str(i) == name else p for i, p in enumerate(model)]
+        )
+        with torch.no_grad():
+            assert torch.equal(values, (other(x).argmax(1) != y).float())
+    if skips:
+        with torch.no_grad(), gate(model, {"3": 0.0}):
+            assert torch.equal(found.values[1], (model(x).argmax(1) != y).float())
+
+
+def test_a_plain_network_of_the_paper_has_15_layers_of_128_channels_and_ends_at_4_by_4():
+    model = network(3, 32, 128, skips=False)
+    weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == LAYERS == 15
+    assert {m.out_channels for m in weighted[:-1]} == {128}
+    sizes = []
+    model[-3].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    model(torch.randn(2, 3, 32, 32))
+    assert sizes == [(2, 128, 4, 4)]
+
+
+def test_a_control_learns_and_its_layers_are_deleted():
+    data = load("digits")
+    some = replace(data, train_x=data.train_x[:400], train_y=data.train_y[:400])
+    found = control(True, 0, some, Recipe(epochs=2, batch_size=20, lr=2e-3))
+    assert found.baseline.mean() < 0.7
+    assert found.values.shape == (13, len(data.test_x))
+
+
+@needs_files
+def test_the_full_study_trains_its_networks_and_goes_on_after_an_epoch(
+    tmp_path, undrawn, monkeypatch
+):
+    options = Options(
+        full=True, depth=14, images=4, draws=1, epochs=1, training_images=16, out=tmp_path / "out"
+    )
+    assert [kind for kind, _ in Options(full=True).plan][-3:] == [
+        "plain",
+        "stochastic",
+        "effective",
+    ]
+    assert ("several", 10) in Options(full=True).plan
+    whole, measured = veit.measure, []
+
+    def until_three(kind, number, *rest):
+        measured.append((kind, number))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return whole(kind, number, *rest)
+
+    monkeypatch.setattr(veit, "measure", until_three)
+    stopped = run(options, quiet)
+    assert stopped.interrupted
+    changed = (options.out / "resnet.pt").stat().st_mtime_ns
+    parts = run(options, quiet).parts
+    assert (options.out / "resnet.pt").stat().st_mtime_ns == changed  # not trained again
+    assert [part.key for part in parts] == list(options.plan)
+    assert parts[:2] == stopped.parts
+    about = [claim.about for claim in claims_of(parts)]
+    assert "one block deleted, stochastic depth" in about
+    assert "trained with 23 of 54 blocks, or as large a part" in about
 
 
 def test_claims_are_laid_out_with_what_was_not_measured_left_open():
@@ -212,6 +307,7 @@ def test_data_that_are_not_there_are_one_line_and_exit_code_2(tmp_path, monkeypa
 def test_the_command_measures_real_weights(tmp_path, capsys, monkeypatch):
     plan = (("single", 1), ("several", 2), ("order", 1), ("several", 4))
     monkeypatch.setattr(veit, "PLANS", {20: plan})
+    monkeypatch.setattr(veit, "CONTROL", ())
     arguments = ["--depth", "20", "--images", "40", "--draws", "1", "--out", str(tmp_path)]
     assert main(["study", "veit", *arguments]) == 0
     assert "one block deleted, between stages" in capsys.readouterr().out
@@ -222,8 +318,8 @@ def test_what_is_committed_is_one_run_of_the_default_command():
     content = json.loads((COMMITTED / "report.json").read_text())
     parts = [Part.parse(entry) for entry in content["rows"]]
     usual = Options()
-    assert [(part.kind, part.number) for part in parts] == list(veit.PLANS[usual.depth])
-    assert content["arguments"]["images"] == f"test_batch, 0 to {usual.images - 1}"
+    assert [part.key for part in parts] == list(usual.plan)
+    assert content["arguments"]["images"] == "test_batch, 0 to 999"
     assert (content["arguments"]["draws"], content["arguments"]["seed"]) == (usual.draws, 0)
     names = list(table_of(COMMITTED)[0])
     rows = [{name: str(getattr(row, name)) for name in names} for row in rows_of(parts)]

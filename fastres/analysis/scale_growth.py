@@ -51,7 +51,7 @@ def scale_growth(
     x: Tensor,
     loss: Callable[[Tensor], Tensor],
     step: float,
-    weights: Iterable[nn.Parameter] | None = None,
+    weights: Iterable[Tensor] | None = None,
 ) -> ScaleGrowth:
     """Predict, and measure, how a step of gradient descent on the weights moves the slopes.
 
@@ -67,7 +67,7 @@ def scale_growth(
         x: Inputs, [B, ...].
         loss: Output -> scalar.
         step: mu, above 0.
-        weights: What the step moves, and C scales; None: all parameters outside of batch norm.
+        weights: Parameters that the step moves, and C scales; None: all but those of batch norm.
 
     Raises:
         ValueError: If the model has no site or no weights, or step is not above 0 and finite.
@@ -108,7 +108,7 @@ def scale_growth(
     )
 
 
-def _weights(model: nn.Module) -> list[nn.Parameter]:
+def _weights(model: nn.Module) -> list[Tensor]:
     norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in norms]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import repeat
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """Map x [B, C, H, W] by all blocks; gates [blocks, B] scale their branches, None: 1."""
-        for block, gate in zip(self, repeat(None) if gates is None else gates, strict=False):
-            x = block(x, gate)
+        for place, block in enumerate(self):
+            x = block(x, None if gates is None else gates[place])
         return x
 
 

@@ -85,7 +85,8 @@ def train_epochs(
         model.parameters(), schedule.lr, schedule.momentum,
         weight_decay=schedule.weight_decay, nesterov=schedule.nesterov,
     )  # fmt: skip
-    made_for = {**asdict(schedule), "seed": seed, "images": len(x)}
+    size = sum(p.numel() for p in model.parameters())
+    made_for = {**asdict(schedule), "seed": seed, "images": len(x), "parameters": size}
     done = _load(checkpoint, made_for, model, optimiser, notes, x.device)
     if done < 0:
         yield 0

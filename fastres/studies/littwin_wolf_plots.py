@@ -9,7 +9,8 @@ import numpy as np
 
 from fastres import plots
 from fastres.analysis.path_scales import log_epsilon
-from fastres.studies.littwin_wolf_report import FIGURE, Part
+from fastres.studies.littwin_wolf_claims import FIGURE
+from fastres.studies.littwin_wolf_report import Part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ def figure(parts: Sequence[Part]) -> Figure:
     drawn = plots.figure(12.0, 3.2)
     weights, scale, norm, length = drawn.subplots(1, 4)
     _weights(weights)
-    _scale(scale, [part for part in parts if part.network == "batch norm"])
+    _scale(scale, [part for part in parts if part.network == "scale"])
     plain = [part.weight_norm for part in parts if part.network == "plain"]
     for values in plain:
         norm.plot(values, color=plots.colours(3)[1], lw=1.2)
@@ -54,15 +55,15 @@ def _scale(axes: Axes, parts: Sequence[Part]) -> None:
         layers = range(1, mean.shape[1] + 1)
         axes.plot(layers, mean[epoch], ".-", color=colour, label=f"epoch {epoch}")
     axes.legend(frameon=False, fontsize="small")
-    axes.set_title("batch norm", loc="left")
+    axes.set_title("one scale per layer", loc="left")
     plots.decorate(axes, "layer", r"scale $\lambda$")
 
 
 def _length(axes: Axes, parts: Sequence[Part]) -> None:
     dark, middle, light = plots.colours(3)
     for network, which, colour, label in (
-        ("batch norm", "mean_length", light, "batch norm, by gains"),
-        ("batch norm", "exact_length", dark, "batch norm, of the gradient"),
+        ("scale", "mean_length", light, "one scale, by gains"),
+        ("scale", "exact_length", dark, "one scale, of the gradient"),
         ("plain", "exact_length", middle, "no batch norm, of the gradient"),
     ):
         values = [getattr(part, which) for part in parts if part.network == network]

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Draw three panels: error by deleted block, by how many are deleted, by Kendall's tau.
+    """Draw error by deleted block, by how many are deleted, by Kendall's tau, and of the controls.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
     """
-    drawn = plots.figure(11.0, 3.4)
-    single, several, order = drawn.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    controls = [row for row in rows if row.kind in ("plain", "skips")]
+    drawn = plots.figure(14.0 if controls else 11.0, 3.4)
+    ratios = (1.4, 1, 1, 1)[: 4 if controls else 3]
+    single, several, order, *control = drawn.subplots(1, len(ratios), width_ratios=ratios)
     _single(single, [row for row in rows if row.kind == "single"])
     _several(several, rows)
     _order(order, [row for row in rows if row.kind == "order"])
+    if controls:
+        _control(control[0], controls)
     return drawn
 
 
@@ -65,4 +69,17 @@ def _order(axes: Axes, rows: Sequence[Row]) -> None:
     axes.invert_xaxis()
     axes.set_title("reordered", loc="left")
     plots.decorate(axes, r"Kendall $\tau$", "error")
+    axes.set_ylim(0, 1)
+
+
+def _control(axes: Axes, rows: Sequence[Row]) -> None:
+    dark, _, light = plots.colours(3)
+    for kind, colour, label in (("plain", dark, "plain"), ("skips", light, "with skips")):
+        errors = [row.error for row in rows if row.kind == kind]
+        if errors:
+            axes.plot(range(2, len(errors) + 2), errors, ".-", color=colour, label=label)
+    axes.axhline(0.9, color="0.2", lw=1, ls="--")
+    axes.set_title("one layer (dashed: chance)", loc="left")
+    axes.legend(frameon=False)
+    plots.decorate(axes, "layer", "error")
     axes.set_ylim(0, 1)
