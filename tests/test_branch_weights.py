@@ -34,7 +34,7 @@ def test_all_matrices_of_all_blocks_are_there():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(TypeError, match="block_weights: model must be a ResidualMLP or .* Linear"):
+    with pytest.raises(TypeError, match="must be a ResidualMLP or a CifarResNet, got Linear"):
         block_weights(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="branch_weights: start and now must have the same shapes"):
         branch_weights([torch.ones(2, 2)], [torch.ones(3, 2)])
