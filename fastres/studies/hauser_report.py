@@ -23,6 +23,7 @@ from fastres.studies import claims
 from fastres.studies.claims import Claim
 
 EPSILON: Final = 0.1  # of the stopping rule
+ROUGHLY: Final = 0.15  # how far an exponent may be from -1; a wide interval is no agreement
 MEASURES: Final = ("scaled", "absolute", "norm", "distance", "roughness")
 _FLOATS: Final = ("decay", "error", "scaled_start", *MEASURES)
 
@@ -124,7 +125,6 @@ def _of_curve(curve: Curve) -> list[Claim]:
     means = [float(v) for v in curve.of("scaled").mean(0)]
     spread = reciprocal_law(curve.blocks, means).spread
     bounds = "one seed" if math.isnan(law.low) else f"{law.low:.2f} to {law.high:.2f}"
-    near = law.low <= -1 <= law.high or abs(law.exponent + 1) < 0.1
     depths = f"{curve.blocks[0]} to {curve.blocks[-1]} blocks"
     choice = choose_depth(lambda n: _measured(curve, n), curve.blocks, EPSILON)
     found = choice.depth if choice.depth is not None else f"none; by the law {choice.estimate}"
@@ -133,7 +133,7 @@ def _of_curve(curve: Curve) -> list[Claim]:
             f"{curve.name}: exponent, {depths}",
             "-1, roughly",
             f"{law.exponent:.2f} ({bounds}); L times value varies {spread:.1f}-fold",
-            near,
+            abs(law.exponent + 1) < ROUGHLY,
         ),
         Claim(
             "  between neighbouring depths",
