@@ -42,6 +42,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     )
     _add_veit(names.add_parser("veit", help="a ResNet with blocks deleted and moved (Veit 2016)"))
     _add_li(names.add_parser("li", help="shortcut depth and the Hessian (Li 2016)"))
+    _add_hauser(names.add_parser("hauser", help="perturbation by number of blocks (Hauser 2019)"))
     _add_lagzi(names.add_parser("lagzi", help="residual dynamics and adaptive depth (Lagzi 2021)"))
 
 
@@ -121,6 +122,27 @@ def _add_li(parser: argparse.ArgumentParser) -> None:
     option("--out", type=Path, help="folder (fastres-li)")
     option("--fresh", action="store_true", help="do finished parts again")
     parser.set_defaults(run=_run, study="li")
+
+
+def _add_hauser(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train residual networks of many depths on MNIST and CIFAR-10, MLPs and convolutions, and "
+        "fit how the perturbation of identity depends on the number of blocks. Networks that an "
+        "earlier run with the same arguments has finished are kept."
+    )
+    option = parser.add_argument
+    option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
+    option("--data", nargs="+", help="mnist, cifar10 or both (mnist cifar10)")
+    option("--blocks", type=int, nargs="+", metavar="L", help="of MLPs (6 12 30 60 120 300)")
+    option("--conv-blocks", type=int, nargs="+", metavar="L", help="of convolutions (6 12 30)")
+    option("--samples", type=int, help="images to train on (5000)")
+    option("--epochs", type=int, help="of the MLPs (8)")
+    option("--seeds", type=int, help="networks of each kind and depth (3)")
+    option("--full", action="store_true", help="all images, 40 epochs, deep convolutions: a GPU")
+    option("--device", help="torch device (cpu)")
+    option("--out", type=Path, help="folder (fastres-hauser)")
+    option("--fresh", action="store_true", help="train again what is finished")
+    parser.set_defaults(run=_run, study="hauser")
 
 
 def _add_lagzi(parser: argparse.ArgumentParser) -> None:

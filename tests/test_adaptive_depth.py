@@ -141,6 +141,7 @@ def test_measuring_changes_nothing_that_training_sees():
         ({"threshold": 0}, ValueError, "threshold must be positive, got 0"),
         ({"threshold": math.nan}, ValueError, "threshold must be positive, got nan"),
         ({"rule": "l1"}, ValueError, "rule must be one of residual, scaled, got 'l1'"),
+        ({"x": points(0)}, ValueError, "x must have a sample, got none"),
         ({"least": 1}, ValueError, "least must be >= 2, got 1"),
         (
             {"least": 15},

@@ -83,6 +83,8 @@ class AdaptiveDepth:
         if rule not in RULES:
             known = ", ".join(RULES)
             raise ValueError(f"AdaptiveDepth: rule must be one of {known}, got {rule!r}")
+        if len(x) == 0:
+            raise ValueError("AdaptiveDepth: x must have a sample, got none")
         if least < 2:
             raise ValueError(f"AdaptiveDepth: least must be >= 2, got {least}")
         if all(stage.blocks() <= least for stage in self._stages):
