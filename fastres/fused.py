@@ -110,8 +110,8 @@ class Code:
     """The forward of a fused block, as it was written from its graph.
 
     Attributes:
-        source: Python, with a function `forward`.
-        names: What it reads besides its arguments.
+        source: Python, with a function `forward`; in it `original` is the class it had.
+        names: What it reads besides that and its arguments.
         reads: Attributes that the original forward read: it may do something else when one is set.
     """
 
@@ -156,6 +156,7 @@ def is_fusible(kind: type[nn.Module]) -> bool:
 def fused_class(original: Any, code: Code) -> type[nn.Module]:
     """Make the class of the fused blocks of a class: the same, with another forward."""
     space = dict(fx.Graph().python_code("self").globals) | dict(code.names)
+    space["original"] = original
     exec(compile(code.source, f"<fused {original.__qualname__}>", "exec"), space)
     forward: Callable[..., Any] = space["forward"]
     forward.__doc__ = original.forward.__doc__
