@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fastres.following import NotFused
 from fastres.fused import Fused, fused_class, norm_of
 from fastres.sites import Add, Site, Stack, visit
-from fastres.stretches import NotFused, rewrite
+from fastres.stretches import rewrite
 from fastres.verifying import Verified
 
 __all__ = ["Fusion", "fuse", "restore"]
@@ -58,12 +59,12 @@ def fuse(model: nn.Module, example: Any = None, verify: bool | None = None) -> F
     an instance of its class. `record`, `gate` and `path_gradients` see the same sites.
 
     The forward of each block is written anew from its graph (torch.fx), which holds for plain code:
-    a block whose forward branches on its input or its mode, or has optional arguments, is left.
-    Batch norm, ReLU and Sequential are recognised by their exact class. At every call they are
-    looked at again: mode, momentum and statistics are those of the moment, and one that was
-    exchanged, or got a hook, runs as a module of its own. Setting an attribute that a block's
-    forward has read gives the block its own forward back. nn.SyncBatchNorm is left: its statistics
-    need the other processes.
+    a block whose forward branches on its input or its mode is left. Where an optional argument is
+    given, a block runs its own forward. Batch norm, ReLU and Sequential are recognised by their
+    exact class. At every call they are looked at again: mode, momentum and statistics are those of
+    the moment, and one that was exchanged, or got a hook, runs as a module of its own. Setting an
+    attribute that a block's forward has read gives the block its own forward back.
+    nn.SyncBatchNorm is left: its statistics need the other processes.
 
     Args:
         model: Any module, changed in place; not compiled, scripted or quantized.

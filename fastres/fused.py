@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
 
 from torch import Tensor, fx, nn
@@ -15,6 +17,7 @@ from fastres.declaring import add, fused_add, fused_norm
 from fastres.hooks import Hook, Idle
 from fastres.ops import native
 
+_numbers: Final = count()
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Branch = tuple[Tensor, nn.Module | None]  # and the batch norm that is still to come
 
@@ -110,8 +113,8 @@ class Code:
     """The forward of a fused block, as it was written from its graph.
 
     Attributes:
-        source: Python, with a function `forward`.
-        names: What it reads besides its arguments.
+        source: Python, with a function `forward`; in it `original` is the class it had.
+        names: What it reads besides that and its arguments.
         reads: Attributes that the original forward read: it may do something else when one is set.
     """
 
@@ -156,7 +159,11 @@ def is_fusible(kind: type[nn.Module]) -> bool:
 def fused_class(original: Any, code: Code) -> type[nn.Module]:
     """Make the class of the fused blocks of a class: the same, with another forward."""
     space = dict(fx.Graph().python_code("self").globals) | dict(code.names)
-    exec(compile(code.source, f"<fused {original.__qualname__}>", "exec"), space)
+    space["original"] = original
+    file = f"<fused {original.__qualname__} {next(_numbers)}>"
+    lines = code.source.splitlines(keepends=True)
+    linecache.cache[file] = (len(code.source), None, lines, file)  # for tracebacks and inspect
+    exec(compile(code.source, file, "exec"), space)
     forward: Callable[..., Any] = space["forward"]
     forward.__doc__ = original.forward.__doc__
     body = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -13,72 +12,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.declaring import add
+from fastres.following import Arguments, NotFused, graph_of
 from fastres.fused import NORMS, Code, is_bare, is_fusible, join, norm_of, run_branch
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
 _ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
 _RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
-
-
-class NotFused(Exception):  # noqa: N818
-    """Why a module keeps its own forward."""
-
-
-class _Proxy(fx.Proxy):
-    """Stands for a tensor; keeps what is done in place, which that of torch.fx takes for a copy."""
-
-
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def call(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return call
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior"):
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
-
-
-class _Tracer(fx.Tracer):
-    """Follows one module's own code: what its children do is their own business."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-def graph_of(module: nn.Module) -> tuple[fx.Graph, frozenset[str]]:
-    """Return the graph of a module's forward in its present mode, and the attributes it reads.
-
-    Raises:
-        NotFused: If the code is not a plain sequence of operations.
-    """
-    reads: set[str] = set()
-
-    def read(self: nn.Module, name: str) -> Any:
-        reads.add(name)
-        return kind.__getattribute__(self, name)
-
-    def write(self: nn.Module, name: str, value: Any) -> None:
-        raise NotFused(f"its forward sets {name}")
-
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read})
-    type(module).__setattr__ = write  # type: ignore[method-assign]
-    try:
-        graph = _Tracer().trace(module)
-    except NotFused:
-        raise
-    except Exception as error:  # whatever the code does with what is no tensor
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NotFused(f"its forward cannot be followed: {reason}") from error
-    finally:
-        object.__setattr__(module, "__class__", kind)
-    for node in graph.nodes:
-        node.type = None
-    return graph, frozenset(reads - set(dir(nn.Module())))
 
 
 def _check(module: nn.Module) -> None:
@@ -87,9 +26,6 @@ def _check(module: nn.Module) -> None:
         raise NotFused("it has a forward of its own")
     if not is_fusible(type(module)):
         raise NotFused("its class has a way of its own to be copied")
-    for name, one in list(inspect.signature(type(module).forward).parameters.items())[1:]:
-        if one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-            raise NotFused(f"its forward has an optional argument, {name}")
 
 
 def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
@@ -104,10 +40,11 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
         NotFused: If there is none, with the reason.
     """
     _check(module)
-    graph, reads = graph_of(module)
+    arguments = Arguments.of(type(module))
+    graph, reads = graph_of(module, arguments)
     vars(module)["training"] = not module.training
     try:
-        other, _ = graph_of(module)
+        other, _ = graph_of(module, arguments)
     finally:
         vars(module)["training"] = not module.training
     if str(other) != str(graph):
@@ -124,8 +61,10 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
     python = graph.python_code("self")
     known = fx.Graph().python_code("self").globals
-    names = tuple((k, v) for k, v in python.globals.items() if k not in known)
-    return Code(python.src, names, reads), ", ".join(what)
+    names = {k: v for k, v in python.globals.items() if k not in known}
+    names |= {f"default_{name}": default for name, default in arguments.optional}
+    code = Code(arguments.with_options(python.src), tuple(names.items()), reads)
+    return code, ", ".join(what)
 
 
 def _is_add(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from pathlib import Path
 
@@ -177,6 +178,13 @@ def test_without_an_example_the_blocks_with_a_batch_norm_are_found():
         assert found.fused == fastres.fuse(example, images()).fused
         assert not found.verified
         assert torch.equal(model(images()), example(images()))
+
+
+def test_the_code_of_a_fused_block_can_be_read():
+    _, fused = twins(Akamaster)
+    source = inspect.getsource(type(fused[1]).forward)
+    assert "self.conv2(" in source
+    assert "self.bn2(" not in source
 
 
 def test_the_report_reads_as_a_table():

@@ -39,8 +39,13 @@ class Branching(Akamaster):
 
 
 class Optional(Akamaster):
-    def forward(self, x, mask=None):
-        return super().forward(x if mask is None else x * mask)
+    def forward(self, x, mask=None, scale=1.0):
+        return scale * super().forward(x if mask is None else x * mask)
+
+
+class ByName(Akamaster):
+    def forward(self, x, *, mask=None):
+        return super().forward(x)
 
 
 class IntoSkip(Akamaster):
@@ -68,7 +73,7 @@ class InPlace(Akamaster):
         (Counting, "its forward sets passes"),
         (Dropping, "its forward depends on its mode, training or eval"),
         (Branching, "its forward cannot be followed: "),
-        (Optional, "its forward has an optional argument, mask"),
+        (ByName, "its forward has an argument by name or position alone, mask"),
         (IntoSkip, "it adds into its skip in place"),
         (Scaled, "its add scales one side"),
         (InPlace, "it adds in place, and there is nothing beside that"),
@@ -112,6 +117,16 @@ def test_a_subclass_is_fused_by_its_own_forward():
     y = model(images())
     assert fastres.fuse(model, images()).fused == {"0": "batch norm + add + ReLU"}
     torch.testing.assert_close(model(images()), y)
+
+
+def test_a_forward_with_options_is_fused_where_they_are_not_given():
+    model = nn.Sequential(Optional(3, 3))
+    x, mask = images(), images(seed=9)
+    outs = [model(x), model[0](x, mask), model[0](x, scale=2.0), model[0](x=x, mask=mask)]
+    assert fastres.fuse(model, x).fused == {"0": "batch norm + add + ReLU"}
+    again = [model(x), model[0](x, mask), model[0](x, scale=2.0), model[0](x=x, mask=mask)]
+    torch.testing.assert_close(again[0], outs[0])
+    assert all(torch.equal(a, b) for a, b in zip(again[1:], outs[1:], strict=True))
 
 
 def test_a_mismatch_undoes_everything_and_says_where():

@@ -86,6 +86,14 @@ def batch_norm_residual(
     }
     if has_torch_function_variadic(x, f):  # a policy watches
         return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
+    try:
+        plain = not training and gate is None and running_mean is not None and eps >= 0
+        if plain and _is_plain(x, f, weight, bias, relu):
+            small = (weight, bias, running_mean, running_var, None)
+            y, sums, *_ = FORWARD(x, f, *small, eps, relu, False)
+            return y, Stats(sums)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        pass  # what the kernel refused is cast below, or named
     _check(*given, **options)
     return _run(None, *given, **options)
 
@@ -120,7 +128,7 @@ def _run(
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=wide, device=x.device).expand(x.size(0))
     statistics = (None, None) if training else (running_mean, running_var)
-    small = [None if t is None else t.to(wide) for t in (weight, bias, *statistics)]
+    small = [t if t is None or t.dtype is wide else t.to(wide) for t in (weight, bias, *statistics)]
     given: tuple[Any, ...] = (x.to(dtype), f.to(dtype), *small, gate)
     if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
         y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
@@ -138,6 +146,20 @@ def _run(
             _move(running_mean, mean, momentum)
             _move(running_var, var * (count / (count - 1)), momentum)
     return y, Stats(sums)
+
+
+def _is_plain(x: Tensor, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
+    """Tell whether the raw kernel may run alone: nothing to cast, no derivative wanted."""
+    return (
+        FORWARD is not None
+        and isinstance(relu, bool)
+        and x.dtype is f.dtype
+        and native.runs_on(x)
+        and not x.is_meta
+        and not _is_composed()
+        and not torch.compiler.is_compiling()
+        and is_underived(x, f, weight, bias)
+    )
 
 
 def _move(running: Tensor, to: Tensor, factor: float) -> None:
