@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastres import files
 from fastres.formats import DataError
@@ -61,6 +62,47 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(path, _RULE, "other content than it was written with")
     facts: dict[str, Any] = json.loads(said)
     return tensors, facts
+
+
+def training_state(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors of a model and its optimiser by name, and the latter's groups, for JSON.
+
+    Its state must be tensors, as that of the optimisers of torch is by default.
+    """
+    whole = optimizer.state_dict()
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for index, moments in whole["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": t for name, t in moments.items() if t is not None}
+    return tensors, whole["param_groups"]
+
+
+def restore_training(
+    model: nn.Module,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Put back what `training_state` returned; tensors of other names are passed over.
+
+    Raises:
+        ValueError: If they are of another model; nothing has changed then.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            weights[rest] = t
+        elif kind == "optimizer":
+            index, _, moment = rest.partition(".")
+            moments.setdefault(int(index), {})[moment] = t
+    have = {name: t.shape for name, t in model.state_dict().items()}
+    if {name: t.shape for name, t in weights.items()} != have:
+        raise ValueError(f"{len(weights)} tensors of other names or shapes than its {len(have)}")
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": moments, "param_groups": list(groups)})
 
 
 def _digest(tensors: Mapping[str, Tensor], said: str) -> str:

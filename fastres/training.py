@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fastres.checkpoint import load, save
+from fastres.checkpoint import load, restore_training, save, training_state
 from fastres.data import Data
 from fastres.formats import DataError
 from fastres.gates import GatesLike, gate
@@ -69,32 +69,6 @@ class Stepper:
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return all that later steps depend on: tensors by name, and what JSON can hold."""
-        whole = self.optimizer.state_dict()
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for index, moments in whole["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": t for name, t in moments.items()}
-        return tensors, {"groups": whole["param_groups"], "schedule": self.schedule.state_dict()}
-
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go back to a state of the same model and recipe."""
-        model: dict[str, Tensor] = {}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, t in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                model[rest] = t
-            elif kind == "optimizer":
-                index, _, moment = rest.partition(".")
-                moments.setdefault(int(index), {})[moment] = t
-        have = {name: t.shape for name, t in self.model.state_dict().items()}
-        if {name: t.shape for name, t in model.items()} != have:
-            raise ValueError(f"{len(model)} tensors of other names or shapes than its {len(have)}")
-        self.model.load_state_dict(model)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": facts["groups"]})
-        self.schedule.load_state_dict(facts["schedule"])
 
 
 def train(
@@ -178,9 +152,11 @@ class _Kept:
 
     def keep(self, losses: Sequence[float]) -> None:
         """Write the file."""
-        tensors, facts = self.stepper.state()
-        numbers = {"order": self.order.get_state(), "random": torch.get_rng_state()}
-        save(self.path, tensors | numbers, {**facts, "run": self.run, "losses": list(losses)})
+        step = self.stepper
+        tensors, groups = training_state(step.model, step.optimizer)
+        tensors |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
+        facts = {"groups": groups, "schedule": step.schedule.state_dict(), "losses": list(losses)}
+        save(self.path, tensors, {**facts, "run": self.run})
 
     def losses(self) -> list[float]:
         """Go to where the file is, and return the losses until then; [] where there is none."""
@@ -190,10 +166,12 @@ class _Kept:
         if facts.get("run") != self.run:
             rule = "must be of a training with the same arguments"
             raise DataError(self.path, rule, facts.get("run"))
+        step = self.stepper
         try:
-            self.stepper.restore(tensors, facts)
+            restore_training(step.model, step.optimizer, tensors, facts["groups"])
         except ValueError as error:
             raise DataError(self.path, "must be of the same model", error) from error
+        step.schedule.load_state_dict(facts["schedule"])
         self.order.set_state(tensors["order"])
         torch.set_rng_state(tensors["random"])
         return list(facts["losses"])

@@ -257,9 +257,9 @@ def test_the_full_study_trains_its_networks_and_goes_on_after_an_epoch(
     monkeypatch.setattr(veit, "measure", until_three)
     stopped = run(options, quiet)
     assert stopped.interrupted
-    changed = (options.out / "resnet.pt").stat().st_mtime_ns
+    changed = (options.out / "resnet.safetensors").stat().st_mtime_ns
     parts = run(options, quiet).parts
-    assert (options.out / "resnet.pt").stat().st_mtime_ns == changed  # not trained again
+    assert (options.out / "resnet.safetensors").stat().st_mtime_ns == changed  # not trained again
     assert [part.key for part in parts] == list(options.plan)
     assert parts[:2] == stopped.parts
     about = [claim.about for claim in claims_of(parts)]

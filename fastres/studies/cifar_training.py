@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fastres.files import write
+from fastres.checkpoint import load, restore_training, save, training_state
 from fastres.gates import GatesLike, gate
 from fastres.progress import bar
 
@@ -73,21 +73,22 @@ def train_epochs(
         y: Classes, [N] int64.
         schedule: How.
         checkpoint: A file, beside which nothing else is written.
-        notes: The caller's, of what torch.load reads with weights_only; filled from the checkpoint.
+        notes: The caller's, of what JSON can hold; filled from the checkpoint.
         seed: Of order and crops.
         gates: Scale the branches in every iteration, as `fastres.gate` does.
 
     Raises:
         FloatingPointError: If a loss is not finite.
         OSError: If the checkpoint cannot be written.
+        ValueError: If it is damaged.
     """
     optimiser = torch.optim.SGD(
         model.parameters(), schedule.lr, schedule.momentum,
         weight_decay=schedule.weight_decay, nesterov=schedule.nesterov,
     )  # fmt: skip
     size = sum(p.numel() for p in model.parameters())
-    made_for = {**asdict(schedule), "seed": seed, "images": len(x), "parameters": size}
-    done = _load(checkpoint, made_for, model, optimiser, notes, x.device)
+    made_for = json.dumps({**asdict(schedule), "seed": seed, "images": len(x), "parameters": size})
+    done = _load(checkpoint, made_for, model, optimiser, notes)
     if done < 0:
         yield 0
         _save(checkpoint, made_for, model, optimiser, notes, 0)
@@ -120,32 +121,23 @@ def _train_epoch(
 
 
 def _save(
-    path: Path, made_for: dict[str, Any], model: nn.Module,
+    path: Path, made_for: str, model: nn.Module,
     optimiser: torch.optim.Optimizer, notes: list[Any], epoch: int,
 ) -> None:  # fmt: skip
-    content = {
-        "made_for": made_for,
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "notes": notes,
-        "epoch": epoch,
-    }
-    data = io.BytesIO()
-    torch.save(content, data)
-    write(path, data.getvalue())
+    tensors, groups = training_state(model, optimiser)
+    facts = {"made_for": made_for, "groups": groups, "notes": notes, "epoch": epoch}
+    save(path, tensors, facts)
 
 
 def _load(
-    path: Path, made_for: dict[str, Any], model: nn.Module,
-    optimiser: torch.optim.Optimizer, notes: list[Any], device: torch.device,
-) -> int:  # fmt: skip
+    path: Path, made_for: str, model: nn.Module, optimiser: torch.optim.Optimizer, notes: list[Any]
+) -> int:
     """Return how many epochs are done, -1 where not even the start is noted."""
     if not path.is_file():
         return -1
-    content = torch.load(path, map_location=device, weights_only=True)
-    if content["made_for"] != made_for:
+    tensors, facts = load(path)
+    if facts["made_for"] != made_for:
         return -1
-    model.load_state_dict(content["model"])
-    optimiser.load_state_dict(content["optimiser"])
-    notes[:] = content["notes"]
-    return int(content["epoch"])
+    restore_training(model, optimiser, tensors, facts["groups"])
+    notes[:] = facts["notes"]
+    return int(facts["epoch"])

@@ -46,7 +46,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Result[Part]:
     if options.full:
         plan.append((CIFAR, 0))
     if options.full and options.fresh:
-        (options.out / "resnet.pt").unlink(missing_ok=True)
+        (options.out / "resnet.safetensors").unlink(missing_ok=True)
     return measure_all(
         FORM,
         plan,

@@ -41,7 +41,7 @@ def measure_cifar(options: Options) -> Part:
     tracker = DepthTracker(model, test_x[:TRACKED], lambda out: F.cross_entropy(out, known))
     schedule = Schedule(epochs=options.cifar_epochs, drops=DROPS, nesterov=True)
     notes: list[Any] = []
-    checkpoint = options.out / "resnet.pt"
+    checkpoint = options.out / "resnet.safetensors"
     for epoch in train_epochs(model, x, y, schedule, checkpoint, notes):
         row = tracker.measure(epoch, exact=True)
         notes.append(_noted(row, evaluate(model, test_x, test_y, 500)))

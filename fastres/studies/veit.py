@@ -170,7 +170,7 @@ def prepare(options: Options) -> Study:
 def _trained(kind: str, options: Options, images: tuple[Tensor, Tensor]) -> nn.Module:
     """Train a network of the full study, or take it up where it was left."""
     if options.fresh:
-        (options.out / f"{kind}.pt").unlink(missing_ok=True)
+        (options.out / f"{kind}.safetensors").unlink(missing_ok=True)
     network = trained_here(kind, options.layers, *images, options.epochs, options.seed, options.out)
     return network
 

@@ -56,7 +56,7 @@ def trained_here(
         warm_up=WARM_UP if kind != "plain" and depth > 100 else 0,
     )
     gates = _gates(kind, model, x, seed)
-    for _ in train_epochs(model, x, y, schedule, out / f"{kind}.pt", [], seed, gates):
+    for _ in train_epochs(model, x, y, schedule, out / f"{kind}.safetensors", [], seed, gates):
         pass
     if isinstance(gates, StochasticDepth):
         with torch.no_grad():  # at test time a branch weighs as often as it was open
