@@ -134,7 +134,7 @@ def _add_hauser(parser: argparse.ArgumentParser) -> None:
     option("--data-root", metavar="DIR", help="folder of the files (default: $FASTRES_DATA)")
     option("--data", nargs="+", help="mnist, cifar10 or both (mnist cifar10)")
     option("--blocks", type=int, nargs="+", metavar="L", help="of MLPs (6 12 30 60 120 300)")
-    option("--conv-blocks", type=int, nargs="+", metavar="L", help="of convolutions (6 12 30)")
+    option("--conv-blocks", type=int, nargs="+", metavar="L", help="of convolutions (6 12 24)")
     option("--samples", type=int, help="images to train on (5000)")
     option("--epochs", type=int, help="of the MLPs (8)")
     option("--seeds", type=int, help="networks of each kind and depth (3)")
