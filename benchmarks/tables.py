@@ -13,23 +13,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
-from fastres.studies import (
-    demo_report,
-    li_claims,
-    li_report,
-    littwin_wolf_claims,
-    littwin_wolf_report,
-    paths_report,
-    veit_claims,
-    veit_report,
-)
 
 MARKED = re.compile(r"(<!-- table: (\w+)( all)? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -117,71 +108,38 @@ def caption(report: Report) -> str:
     return text + (f" Not measured: {', '.join(sorted(missing))}." if missing else "")
 
 
-def demo() -> str:
-    """Return what `make demo` printed when docs/demo was made, and where that was."""
-    content = json.loads((ROOT / "docs/demo/report.json").read_text())
-    environment = content["environment"]
+# Study -> what its arguments say of a run, before device and date.
+STUDIES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": lambda a: "",
+    "hauser": lambda a: "",
+    "lagzi": lambda a: "",
+    "li": lambda a: f"{a['data']}; {a['training']}, {len(a['rates'])} rates, {a['seeds']} seeds; ",
+    "littwin_wolf": lambda a: f"{a['epochs']} epochs at the rate {a['lr']}, {a['seeds']} seeds; ",
+    "paths": lambda a: (
+        f"{a['network']}, images {a['images']}; {a['batches']} batches of {a['batch_size']}, "
+        f"{a['draws']} draws each; "
+    ),
+    "veit": lambda a: f"{a['network']}, images {a['images']}; {a['draws']} draws of each size; ",
+}
+
+
+def study(name: str) -> str:
+    """Return what a study printed when its folder in docs was made, of what, and where."""
+    form = import_module(f"fastres.studies.{name}").FORM
+    file = ROOT / "docs" / name.replace("_", "-") / "report.json"
+    content = json.loads(file.read_text())
+    text, made = form.text([form.parse(row) for row in content["rows"]]), content["environment"]
+    plural = "" if made["threads"] == 1 else "s"
     return (
-        f"```\n{demo_report.text([demo_report.Row.parse(row) for row in content['rows']])}\n```\n\n"
-        f"{environment['device']}, {environment['threads']} thread, torch {environment['torch']}, "
-        f"{environment['date'][:10]}.\n"
+        f"```\n{text}\n```\n\n{STUDIES[name](content['arguments'])}{made['device']}, "
+        f"{made['threads']} thread{plural}, torch {made['torch']}, {made['date'][:10]}.\n"
     )
-
-
-def paths() -> str:
-    """Return what the study of paths printed when docs/paths was made, and of what."""
-    content = json.loads((ROOT / "docs/paths/report.json").read_text())
-    arguments, parts = content["arguments"], map(paths_report.Part.parse, content["rows"])
-    return (
-        f"```\n{paths_report.text(list(parts))}\n```\n\n"
-        f"{arguments['network']}, images {arguments['images']}; "
-        f"{arguments['batches']} batches of {arguments['batch_size']}, {arguments['draws']} draws "
-        f"each; torch {content['environment']['torch']}, {content['environment']['date'][:10]}.\n"
-    )
-
-
-def veit() -> str:
-    """Return what the study of lesions printed when docs/veit was made, and of what."""
-    content = json.loads((ROOT / "docs/veit/report.json").read_text())
-    arguments, parts = content["arguments"], map(veit_report.Part.parse, content["rows"])
-    return (
-        f"```\n{veit_claims.text(list(parts))}\n```\n\n"
-        f"{arguments['network']}, images {arguments['images']}; {arguments['draws']} draws of each "
-        f"size; torch {content['environment']['torch']}, {content['environment']['date'][:10]}.\n"
-    )
-
-
-def littwin_wolf() -> str:
-    """Return what the study of scales printed when docs/littwin-wolf was made, and of what."""
-    content = json.loads((ROOT / "docs/littwin-wolf/report.json").read_text())
-    arguments, environment = content["arguments"], content["environment"]
-    parts = map(littwin_wolf_report.Part.parse, content["rows"])
-    return (
-        f"```\n{littwin_wolf_claims.text(list(parts))}\n```\n\n"
-        f"{arguments['epochs']} epochs at the rate {arguments['lr']}, {arguments['seeds']} seeds; "
-        f"torch {environment['torch']}, {environment['date'][:10]}.\n"
-    )
-
-
-def li() -> str:
-    """Return what the study of shortcut depth found when docs/li was made, and of what."""
-    content = json.loads((ROOT / "docs/li/report.json").read_text())
-    parts = list(map(li_report.Part.parse, content["rows"]))
-    arguments, environment = content["arguments"], content["environment"]
-    return (
-        f"```\n{li_claims.text(parts)}\n```\n\n"
-        f"{arguments['data']}; {arguments['training']}, {len(arguments['rates'])} rates, "
-        f"{arguments['seeds']} seeds; torch {environment['torch']}, {environment['date'][:10]}.\n"
-    )
-
-
-STUDIES = {"demo": demo, "paths": paths, "veit": veit, "littwin_wolf": littwin_wolf, "li": li}
 
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
     """Return what stands between the markers for one name, all devices one after another."""
     if name in STUDIES:
-        return STUDIES[name]()
+        return study(name)
     parts = []
     for kind, where in KINDS.items():
         found = [r for r in reports if r["name"] == name and r["device"]["kind"] == kind]
