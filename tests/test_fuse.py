@@ -135,7 +135,9 @@ def test_gates_and_paths_act_on_a_fused_model_as_on_the_model(kind):
 
 
 @needs_files
-@pytest.mark.parametrize(("depth", "errors"), [(20, 827), pytest.param(56, 661, marks=slow)])
+@pytest.mark.parametrize(
+    ("depth", "errors"), [(20, 827), pytest.param(56, 661, marks=[slow, pytest.mark.timeout(1800)])]
+)
 def test_the_public_weights_make_the_same_errors_fused(depth, errors):
     _, (images, labels) = read("cifar10", ROOT)
     mean, deviation = (
