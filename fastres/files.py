@@ -50,9 +50,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "out must be used by one run at a time"
+            raise ValueError(f"report: {rule}, got {folder}") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"report: out must be used by one run at a time, got {folder}") from None
     finally:
         os.close(handle)

@@ -101,6 +101,8 @@ def test_parts_are_kept_and_written_in_the_order_of_the_plan(tmp_path):
         4,
     ]
     assert said[0] == f"finished before, in {tmp_path}: 2 of 4 parts (--fresh starts over)"
+    assert [p.number for p in go_on(tmp_path, plan=[3, 9], say=said.append).parts] == [3, 9]
+    assert said[-3] == f"finished before, in {tmp_path}: 1 of 2 parts (--fresh starts over)"
     assert (tmp_path / "table.csv").read_text().splitlines()[0] == "number,value"
 
 
@@ -195,6 +197,11 @@ def test_a_full_disk_leaves_the_last_report_and_an_error(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named():
     with pytest.raises(OSError, match="report: out must be a writable folder, got /proc/none"):
         go_on(report.Path("/proc/none"))
+
+
+def test_an_error_inside_stays_what_it_is(tmp_path):
+    with pytest.raises(BlockingIOError, match="of something else"), alone_in(tmp_path):
+        raise BlockingIOError("of something else")
 
 
 def test_where_there_is_no_posix_nobody_is_kept_out(tmp_path, monkeypatch):
