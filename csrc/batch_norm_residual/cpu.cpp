@@ -125,13 +125,13 @@ template <class A> double at(const void* values, int64_t c, double otherwise) {
   return values ? static_cast<double>(static_cast<const A*>(values)[c]) : otherwise;
 }
 
-// `lost` is what rounding took away of the mean.
-template <class A, class Any> void fill_norm(const Any& a, A* table, int64_t c, double lost = 0) {
+// What rounding took of the mean goes to the bias.
+template <class A, class Any> void fill_norm(const Any& a, A* table, int64_t c) {
   const int64_t stride = padded(a.shape.channels);
   const double scale = at<A>(a.weight, c, 1) / std::sqrt(at<A>(a.var, c, 1) + a.eps);
   table[kMean * stride + c] = static_cast<const A*>(a.mean)[c];
   table[kScale * stride + c] = static_cast<A>(scale);
-  table[kBias * stride + c] = static_cast<A>(at<A>(a.bias, c, 0) - scale * lost);
+  table[kBias * stride + c] = static_cast<A>(at<A>(a.bias, c, 0) - scale * at<A>(a.lost, c, 0));
 }
 
 // The sums of all slots, [2, padded].
@@ -174,15 +174,14 @@ void fill_table(const Args& a, const double* slots, void* table) {
     const double count = a.shape.count();
     const std::vector<double> total = join_slots(a.shape, slots, a.training);
     for (int64_t c = 0; c < a.shape.channels; ++c) {
-      double lost = 0;
       if (a.training) {
         const double moved = total[c] / count, mean = values[kMean * stride + c] + moved;
         const double var = total[stride + c] / count - moved * moved;
         static_cast<A*>(a.mean)[c] = static_cast<A>(mean);
         static_cast<A*>(a.var)[c] = static_cast<A>(var < 0 ? 0 : var);  // NaN stays
-        lost = mean - static_cast<A*>(a.mean)[c];
+        static_cast<A*>(a.lost)[c] = static_cast<A>(mean - static_cast<A*>(a.mean)[c]);
       }
-      fill_norm(a, values, c, lost);
+      fill_norm(a, values, c);
     }
   });
 }
@@ -240,9 +239,11 @@ void end_table(const BackwardArgs& a, const double* slots, const double* partial
     const double count = a.shape.count();
     A *values = static_cast<A*>(table), *gaffine = static_cast<A*>(a.gaffine);
     for (int64_t c = 0; c < channels; ++c) {
-      const double of_g = total[c], of_f = total[stride + c], var = at<A>(a.var, c, 1) + a.eps;
-      values[kPerG * stride + c] = static_cast<A>(of_g / count);
-      values[kPerF * stride + c] = static_cast<A>(of_f / (count * var));
+      const double var = at<A>(a.var, c, 1) + a.eps, lost = at<A>(a.lost, c, 0);
+      const double of_g = total[c], of_f = total[stride + c] - lost * of_g;
+      const double per_f = of_f / (count * var);
+      values[kPerG * stride + c] = static_cast<A>(of_g / count - lost * per_f);
+      values[kPerF * stride + c] = static_cast<A>(per_f);
       if (!gaffine) continue;
       gaffine[c] = static_cast<A>(of_f / std::sqrt(var));
       gaffine[channels + c] = static_cast<A>(of_g);

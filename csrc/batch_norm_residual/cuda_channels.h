@@ -153,14 +153,14 @@ __device__ __forceinline__ double join_splits(const Any& a, const Plan& plan, co
   return total;
 }
 
-// `lost` is what rounding took away of the mean.
+// What rounding took of the mean goes to the bias.
 template <class A, class Any>
-__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c, double lost = 0) {
+__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c) {
   const double var = static_cast<const A*>(a.var)[c];
   table[kMean * a.shape.channels + c] = static_cast<const A*>(a.mean)[c];
   const double scale = number<A>(a.weight, c, 1) / sqrt(var + a.eps);
   table[kScale * a.shape.channels + c] = scale;
-  table[kBias * a.shape.channels + c] = number<A>(a.bias, c, 0) - scale * lost;
+  table[kBias * a.shape.channels + c] = number<A>(a.bias, c, 0) - scale * number<A>(a.lost, c, 0);
 }
 
 template <class T>
@@ -170,7 +170,6 @@ __global__ void __launch_bounds__(kThreads)
   const double count = a.shape.count();
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < a.shape.channels;
        c += int64_t(gridDim.x) * kThreads) {
-    double lost = 0;
     if (a.training) {
       Moments<T> moments{a, 0};
       moments.begin(nullptr, c);
@@ -178,9 +177,9 @@ __global__ void __launch_bounds__(kThreads)
       const double var = join_splits(a, plan, sums, 1, c) / count - moved * moved;
       static_cast<A*>(a.mean)[c] = mean;
       static_cast<A*>(a.var)[c] = var < 0 ? 0 : var;  // NaN stays
-      lost = mean - static_cast<A*>(a.mean)[c];
+      static_cast<A*>(a.lost)[c] = mean - static_cast<A*>(a.mean)[c];
     }
-    fill_norm(a, table, c, lost);
+    fill_norm(a, table, c);
   }
 }
 
@@ -198,10 +197,12 @@ __global__ void __launch_bounds__(kThreads)
   const double count = a.shape.count();
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < channels;
        c += int64_t(gridDim.x) * kThreads) {
-    const double of_g = join_splits(a, plan, sums, 0, c), of_f = join_splits(a, plan, sums, 1, c);
-    const double var = static_cast<const A*>(a.var)[c] + a.eps;
-    table[kPerG * channels + c] = of_g / count;
-    table[kPerF * channels + c] = of_f / (count * var);
+    const double var = static_cast<const A*>(a.var)[c] + a.eps, lost = number<A>(a.lost, c, 0);
+    const double of_g = join_splits(a, plan, sums, 0, c);
+    const double of_f = join_splits(a, plan, sums, 1, c) - lost * of_g;
+    const double per_f = of_f / (count * var);
+    table[kPerG * channels + c] = of_g / count - lost * per_f;
+    table[kPerF * channels + c] = per_f;
     if (!a.gaffine) continue;
     static_cast<A*>(a.gaffine)[c] = of_f / sqrt(var);
     static_cast<A*>(a.gaffine)[channels + c] = of_g;

@@ -40,6 +40,7 @@ struct Args {
   void* sums;          // [3, rows], accumulate type
   void* mean;          // [C], accumulate type; of the batch in training, else given
   void* var;           // [C], accumulate type; biased; of the batch in training, else given
+  void* lost;          // [C], accumulate type; what rounding took of the batch's mean; else null
   uint8_t* mask;       // [rows, lines, ceil(length / 8)], bit c % 8 of byte c / 8; null: not wanted
   int64_t gate_stride;  // 0: one for all rows
   Shape shape;
@@ -57,6 +58,7 @@ struct BackwardArgs {
   const void* gate;
   const void* mean;     // [C]
   const void* var;      // [C]
+  const void* lost;     // [C]; null: nothing
   const uint8_t* mask;  // [rows, lines, ceil(length / 8)]; null: all ones
   void* gx;             // [rows, cols]; null: not wanted (it is gy)
   void* gf;             // [rows, cols]

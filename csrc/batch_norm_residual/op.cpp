@@ -99,9 +99,9 @@ int64_t gate_stride(const OptionalTensor& gate, const Tensor& f) {
   return gate->stride(0);
 }
 
-// y, sums, mean, var, mask; the last three are empty where statistics are given and no mask is
+// y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
 // wanted.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& f, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& gate, double eps,
     bool relu, bool masked) {
@@ -123,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Tensor sums = uninitialized(x, {3, x.size(0)}, wide);
   Tensor batch_mean = uninitialized(x, {training ? f.size(1) : 0}, wide);
   Tensor batch_var = uninitialized(x, {training ? f.size(1) : 0}, wide);
+  Tensor lost = uninitialized(x, {training ? f.size(1) : 0}, wide);
   Tensor mask =
       uninitialized(x, {masked ? x.size(0) : 0, masked ? shape.mask_cols() : 0}, ScalarType::Byte);
   launch(
@@ -130,10 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
            data_or_null(biases), data_or_null(gate), y.mutable_data_ptr(), sums.mutable_data_ptr(),
            training ? batch_mean.mutable_data_ptr() : const_cast<void*>(data_or_null(means)),
            training ? batch_var.mutable_data_ptr() : const_cast<void*>(data_or_null(vars)),
+           training ? lost.mutable_data_ptr() : nullptr,
            masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, gate_stride(gate, f),
            shape, eps, dtype, relu, training},
       x);
-  return {y, sums, batch_mean, batch_var, mask};
+  return {y, sums, batch_mean, batch_var, lost, mask};
 }
 
 // gx is empty where it equals gy; gaffine [2, C] and ggate [B] where they are not wanted. gy has
@@ -141,18 +143,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask,
                                                     const Tensor& f, const OptionalTensor& weight,
                                                     const OptionalTensor& bias, const Tensor& mean,
-                                                    const Tensor& var, const OptionalTensor& gate,
-                                                    double eps, bool training, bool affine_grad,
+                                                    const Tensor& var, const OptionalTensor& lost,
+                                                    const OptionalTensor& gate, double eps,
+                                                    bool training, bool affine_grad,
                                                     bool gate_grad) {
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(gy.dim() >= 2 && has_lines(gy), kName, ": gy must have the layout of y");
   check_like(kName, "f", f, gy);
   const OptionalTensor weights = dense(weight), biases = dense(bias);
-  const OptionalTensor means = dense(mean), vars = dense(var), bits = dense(mask);
+  const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
+  const OptionalTensor bits = dense(mask);
   check_channels("weight", weights, gy);
   check_channels("bias", biases, gy);
   check_channels("mean", means, gy);
   check_channels("var", vars, gy);
+  check_channels("lost", losts, gy);
   const Shape shape = shape_of(gy);
   if (bits)
     check_small(kName, "mask", *bits, {gy.size(0), shape.mask_cols()}, ScalarType::Byte, gy);
@@ -165,7 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const Opti
   Tensor ggate = uninitialized(gy, {gate_grad ? gy.size(0) : 0}, wide);
   launch(BackwardArgs{gy.const_data_ptr(), branch.const_data_ptr(), data_or_null(weights),
                       data_or_null(biases), data_or_null(gate), data_or_null(means),
-                      data_or_null(vars), static_cast<const uint8_t*>(data_or_null(bits)),
+                      data_or_null(vars), data_or_null(losts),
+                      static_cast<const uint8_t*>(data_or_null(bits)),
                       mask ? gx.mutable_data_ptr() : nullptr, gf.mutable_data_ptr(),
                       affine_grad ? gaffine.mutable_data_ptr() : nullptr,
                       gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy), shape,
@@ -197,7 +203,7 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
   if (!of_mean != !of_var)
     throw py::value_error(numpy::message(kName, "var", "be given with mean", var));
   py::array y = numpy::empty_like(x), sums(wide, std::vector<py::ssize_t>{3, rows}),
-            batch_mean(wide, channels), batch_var(wide, channels);
+            batch_mean(wide, channels), batch_var(wide, channels), lost(wide, channels);
   const Args args{x.data(),
                   f.data(),
                   of_weight,
@@ -207,6 +213,7 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
                   sums.mutable_data(),
                   of_mean ? const_cast<void*>(of_mean) : batch_mean.mutable_data(),
                   of_var ? const_cast<void*>(of_var) : batch_var.mutable_data(),
+                  of_mean ? nullptr : lost.mutable_data(),
                   nullptr,
                   0,
                   {rows, channels, places, places == 1},
@@ -240,11 +247,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "_batch_norm_residual(Tensor x, Tensor f, Tensor? weight, Tensor? bias, Tensor? mean, "
       "Tensor? var, Tensor? gate, float eps, bool relu, bool masked)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_batch_norm_residual_backward(Tensor gy, Tensor? mask, Tensor f, Tensor? weight, "
-      "Tensor? bias, Tensor mean, Tensor var, Tensor? gate, float eps, bool training, "
-      "bool affine_grad, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias, Tensor mean, Tensor var, Tensor? lost, Tensor? gate, float eps, "
+      "bool training, bool affine_grad, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif

@@ -133,9 +133,9 @@ def _run(
     if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
         y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
-        y, sums, mean, var, _ = FORWARD(*given, eps, relu, False)
+        y, sums, mean, var, *_ = FORWARD(*given, eps, relu, False)
     else:
-        y, sums, mean, var, _ = _apply(*given, eps, relu)
+        y, sums, mean, var, *_ = _apply(*given, eps, relu)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if training and running_mean is not None and running_var is not None:
@@ -175,12 +175,12 @@ def _is_composed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _apply(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _apply(*args: Any) -> tuple[Tensor, ...]:
     """Run with autograd. Function.apply inspects its signature, 30 us, for functorch's sake."""
     compiled = torch.compiler.is_compiling()
     function = BatchNormResidual
     run: Any = function.apply if compiled else super(torch.autograd.Function, function).apply
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run(*args)
+    outputs: tuple[Tensor, ...] = run(*args)
     return outputs
 
 

@@ -94,21 +94,19 @@ class BatchNormResidual(torch.autograd.Function):
         gate: Tensor | None,
         eps: float,
         relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return y, sums, mean and variance of the batch if none are given, and the mask."""
-        result = FORWARD(x, f, weight, bias, mean, var, gate, eps, relu, relu)
-        y, sums, batch_mean, batch_var, mask = result
-        return y, sums, batch_mean, batch_var, mask
+    ) -> tuple[Tensor, ...]:
+        """Return y, sums; mean, variance, what rounding took of the mean, if none given; mask."""
+        return tuple(FORWARD(x, f, weight, bias, mean, var, gate, eps, relu, relu))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the derivatives need, and nothing else."""
         _, f, weight, bias, mean, var, gate, ctx.eps, ctx.relu = inputs
-        y, sums, batch_mean, batch_var, mask = output
+        y, sums, batch_mean, batch_var, lost, mask = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(sums, batch_mean, batch_var, mask)
+        ctx.mark_non_differentiable(sums, batch_mean, batch_var, lost, mask)
         ctx.training, ctx.strides = mean is None, y.stride()
-        statistics = (batch_mean, batch_var) if mean is None else (mean, var)
+        statistics = (batch_mean, batch_var, lost) if mean is None else (mean, var, None)
         ctx.save_for_backward(mask if ctx.relu else None, f, weight, bias, gate, *statistics)
 
     @staticmethod
@@ -121,11 +119,11 @@ class BatchNormResidual(torch.autograd.Function):
         ):
             gx, gf, gweight, gbias, ggate = _composed_backward(ctx, gy)
             return gx, gf, gweight, gbias, None, None, ggate, None, None
-        mask, f, weight, bias, gate, mean, var = ctx.saved_tensors
+        mask, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
         affine, gated = any(ctx.needs_input_grad[2:4]), ctx.needs_input_grad[6]
         gy = in_layout(gy, ctx.strides)
         gx, gf, gaffine, ggate = BACKWARD(
-            *(gy, mask, f, weight, bias, mean, var, gate),
+            *(gy, mask, f, weight, bias, mean, var, lost, gate),
             *(ctx.eps, ctx.training, affine, gated),
         )
         return (
@@ -143,7 +141,7 @@ class BatchNormResidual(torch.autograd.Function):
 
 def _composed_backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the plain composition, so that the gradients can be differentiated again."""
-    mask, f, weight, bias, gate, mean, var = ctx.saved_tensors
+    mask, f, weight, bias, gate, mean, var, _ = ctx.saved_tensors
     dtype, wide = gy.dtype, accumulate(gy.dtype)
     g = gy
     if mask is not None:
@@ -180,7 +178,7 @@ def _fake(
     eps: float,
     relu: bool,
     masked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the outputs in the right shape, dtype and layout, without values."""
     wide = accumulate(x.dtype)
     y = empty_with_lines(x, f)
@@ -190,8 +188,7 @@ def _fake(
     return (
         y,
         x.new_empty((3, x.size(0)), dtype=wide),
-        x.new_empty(count, dtype=wide),
-        x.new_empty(count, dtype=wide),
+        *(x.new_empty(count, dtype=wide) for _ in range(3)),
         x.new_empty(size, dtype=torch.uint8),
     )
 
@@ -204,6 +201,7 @@ def _fake_backward(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    lost: Tensor | None,
     gate: Tensor | None,
     eps: float,
     training: bool,

@@ -47,13 +47,13 @@ def fields(pointers: str, flags: tuple[str, ...]) -> list[tuple[str, type]]:
 class Args(ctypes.Structure):
     """fastres::batch_norm_residual::Args."""
 
-    _fields_ = fields("x f weight bias gate y sums mean var mask", ("relu", "training"))
+    _fields_ = fields("x f weight bias gate y sums mean var lost mask", ("relu", "training"))
 
 
 class BackwardArgs(ctypes.Structure):
     """fastres::batch_norm_residual::BackwardArgs."""
 
-    _fields_ = fields("gy f weight bias gate mean var mask gx gf gaffine ggate", ("training",))
+    _fields_ = fields("gy f weight bias gate mean var lost mask gx gf gaffine ggate", ("training",))
 
 
 def laid_out(case: Case, values: Array) -> Array:
@@ -65,16 +65,17 @@ class Runner(ResidualAddRunner):
     """Runs cases against one library in one order of the fibers."""
 
     def forward(self, case: Case, given: Inputs) -> list[Array]:  # type: ignore[override]
-        """Check the forward pass; return all that it wrote: y, sums, mean, var, mask."""
+        """Check the forward pass; return all that it wrote: y, sums, mean, var, lost, mask."""
         element, exact = ELEMENTS[case.index], exact_forward(case, given)
         x, f = laid_out(case, given.x), laid_out(case, given.f)
         y, sums = element.empty(x.shape), np.full((3, case.rows), np.nan, element.wide)
         mean, var = (
             np.full_like(t, np.nan) if case.training else t.copy() for t in (given.mean, given.var)
         )
+        lost = np.full_like(mean, np.nan if case.training else 0)
         mask = np.full((*x.shape[:2], (x.shape[2] + 7) // 8), 0xAA, np.uint8)
         self.call(self.library.forward, Args(
-            *map(address, (x, f, given.weight, given.bias, given.gate, y, sums, mean, var)),
+            *map(address, (x, f, given.weight, given.bias, given.gate, y, sums, mean, var, lost)),
             address(mask) if case.relu else None, case.gate == "rows", shape_of(case), EPS,
             case.index, case.relu, case.training, None))  # fmt: skip
         want = laid_out(case, exact["y"])
@@ -88,10 +89,10 @@ class Runner(ResidualAddRunner):
         if case.relu:
             bits = np.packbits(element.widen(y) > 0, axis=2, bitorder="little")
             expect("mask", np.array_equal(mask, bits))
-        return [y, sums, mean, var, mask]
+        return [y, sums, mean, var, lost, mask]
 
     def backward(  # type: ignore[override]
-        self, case: Case, given: Inputs, mean: Array, var: Array, mask: Array
+        self, case: Case, given: Inputs, mean: Array, var: Array, lost: Array, mask: Array
     ) -> list[Array]:
         """Check the backward pass; return all that it wrote."""
         element = ELEMENTS[case.index]
@@ -106,7 +107,7 @@ class Runner(ResidualAddRunner):
         gaffine = np.full((2, case.channels), np.nan, element.wide) if case.wants_affine else None
         ggate = np.full(case.rows, np.nan, element.wide) if case.wants_gate else None
         self.call(self.library.backward, BackwardArgs(
-            *map(address, (gy, f, given.weight, given.bias, given.gate, mean, var)),
+            *map(address, (gy, f, given.weight, given.bias, given.gate, mean, var, lost)),
             address(mask) if case.relu else None, *map(address, (gx, gf, gaffine, ggate)),
             case.gate == "rows", shape_of(case), EPS, case.index, case.training,
             None))  # fmt: skip

@@ -63,6 +63,10 @@ def inputs_of(case: Case) -> Inputs:
     element, shape = ELEMENTS[case.index], (case.rows, case.channels, case.places)
     wide: Any = element.wide
     x, f, gy = (element.narrow(rng.standard_normal(shape).astype(wide)) for _ in range(3))
+    if (
+        case.pixels and element.name == "float32"
+    ):  # far from 0, where rounding takes much of the mean
+        f = f / 64 + wide(50)
     weight, bias, mean, var = (rng.random(case.channels).astype(wide) + 0.5 for _ in range(4))
     gates = {"none": None, "scalar": rng.standard_normal(1), "rows": rng.standard_normal(case.rows)}
     gate = gates[case.gate]
