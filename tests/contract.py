@@ -40,10 +40,14 @@ def differentiable(result):
     return tuple(t for t in leaves(result) if t.requires_grad)
 
 
-def largest_error(values, exact):
-    """Largest elementwise distance from the float64 values, over 1 + their size."""
+def largest_error(values, exact, of_terms=0.0):
+    """Largest elementwise distance from the float64 values, over 1 + their size.
+
+    `of_terms`, which broadcasts, is the size of what a value is the small difference of.
+    """
     pairs = [(v.double(), e) for v, e in zip(values, exact, strict=True) if v.numel()]
-    return max((((v - e).abs() / (1 + e.abs())).max().item() for v, e in pairs), default=0.0)
+    scaled = ((v - e).abs() / (1 + e.abs() + of_terms) for v, e in pairs)
+    return max((error.max().item() for error in scaled), default=0.0)
 
 
 class OpContract:
