@@ -140,13 +140,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // gx is empty where it equals gy; gaffine [2, C] and ggate [B] where they are not wanted. gy has
 // the layout of y, in whose memory order the mask is.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask,
-                                                    const Tensor& f, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const Tensor& mean,
-                                                    const Tensor& var, const OptionalTensor& lost,
-                                                    const OptionalTensor& gate, double eps,
-                                                    bool training, bool affine_grad,
-                                                    bool gate_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& gy, const OptionalTensor& mask, const Tensor& f, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var, const OptionalTensor& lost,
+    const OptionalTensor& gate, double eps, bool training, bool affine_grad, bool gate_grad) {
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(gy.dim() >= 2 && has_lines(gy), kName, ": gy must have the layout of y");
   check_like(kName, "f", f, gy);
