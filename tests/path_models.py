@@ -105,3 +105,36 @@ def by_length(
         energy[sum(path)] += g.double().square().sum()
         norms[sum(path)] += g.double().norm()
     return sums, energy, norms
+
+
+def vectors(batch: int = 3, features: int = 3, seed: int = 0) -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, features, generator=source, dtype=torch.float64)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+
+class Scale(nn.Module):
+    """x + c x, with x -> c x as the branch."""
+
+    def __init__(self, c: float) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor(c, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c * x
+
+
+def nested() -> nn.Sequential:
+    torch.manual_seed(0)
+    inner = [SwitchBlock(two_layers(5)) for _ in range(2)]
+    outer = SwitchBlock(nn.Sequential(nn.Linear(5, 5), *inner, nn.Linear(5, 5)))
+    blocks = [SwitchBlock(two_layers(5)), outer, SwitchBlock(two_layers(5))]
+    return nn.Sequential(nn.Linear(3, 5), *blocks).double()
+
+
+def is_once(path: tuple[bool, ...]) -> bool:
+    """Tell whether no inner block is taken where the outer one is not: those are one path."""
+    return path[1] or not (path[2] or path[3])

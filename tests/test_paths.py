@@ -8,13 +8,18 @@ import pytest
 import torch
 from models import InPlaceBlock, cifar_resnet, residual_mlp, torchvision
 from path_models import (
+    Scale,
     SwitchBlock,
     SwitchPadded,
     by_length,
     enumerate_paths,
+    images,
+    is_once,
+    nested,
     squares,
     switch_mlp,
     two_layers,
+    vectors,
 )
 from torch import Tensor, nn
 
@@ -24,29 +29,9 @@ from fastres.paths import path_gradients
 from fastres.sites import add
 
 
-def vectors(batch: int = 3, features: int = 3, seed: int = 0) -> Tensor:
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, features, generator=source, dtype=torch.float64)
-
-
-def images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-
-
 def ordinary(model: nn.Module, x: Tensor) -> Tensor:
     leaf = x.clone().requires_grad_()
     return torch.autograd.grad(squares(model(leaf)), leaf)[0]
-
-
-class Scale(nn.Module):
-    """x + c x, with x -> c x as the branch."""
-
-    def __init__(self, c: float) -> None:
-        super().__init__()
-        self.c = nn.Parameter(torch.tensor(c, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.c * x
 
 
 # The numbers are right.
@@ -77,95 +62,6 @@ def test_branches_of_c_times_x_have_binomial_norms(c):
     paths = path_gradients(model, x, torch.sum)
     known = torch.tensor([math.comb(12, k) * abs(c) ** k for k in range(13)], dtype=torch.float64)
     torch.testing.assert_close(paths.norms, known * x.numel() ** 0.5, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("chunk", [None, 1, 7, 400])
-@pytest.mark.parametrize("c", [0.01, 1e-4])
-def test_300_blocks_span_1200_orders_of_magnitude_in_float32(c, chunk):
-    model = nn.Sequential(*[Scale(c) for _ in range(300)]).float()
-    paths = path_gradients(model, torch.ones(2, 3), torch.sum, chunk=chunk)
-    stored = torch.tensor(c).item()  # what float32 makes of c
-    known = [math.log2(math.comb(300, k)) + k * math.log2(stored) for k in range(301)]
-    known = torch.tensor(known, dtype=torch.float64) + math.log2(6) / 2
-    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
-    assert paths.log2_norms[-1] < -1900
-    assert paths.sum_error < 1e-5
-
-
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_one_branch_may_shrink_by_all_that_float32_holds(chunk):
-    c = 2.0**-120
-    model = nn.Sequential(*[Scale(c) for _ in range(9)]).float()
-    paths = path_gradients(model, torch.full((2, 3), 2.0**-20), torch.sum, chunk=chunk)
-    known = [math.log2(math.comb(9, k)) - 120 * k + math.log2(6) / 2 for k in range(10)]
-    known = torch.tensor(known, dtype=torch.float64)
-    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
-
-
-class NestedScale(nn.Module):
-    """x + z + c z with z = c x: a site in the branch of another."""
-
-    def __init__(self, c: float) -> None:
-        super().__init__()
-        self.c, self.inner = nn.Parameter(torch.tensor(c, dtype=torch.float64)), Scale(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.c * x)
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 300])
-def test_nested_blocks_keep_their_range_too(chunk):
-    c, blocks = 2.0**-13, 60
-    model = nn.Sequential(*[NestedScale(c) for _ in range(blocks)]).float()
-    paths = path_gradients(model, torch.ones(2, 3), torch.sum, chunk=chunk)
-    assert sum(paths.paths) == 3**blocks  # (1 + t + t^2)^60
-    known = [math.log2(n) - 13 * k + math.log2(6) / 2 for k, n in enumerate(paths.paths)]
-    known = torch.tensor(known, dtype=torch.float64)
-    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
-
-
-class ParallelScale(nn.Module):
-    """x + z + c z with z = c x, as the mean of two sites side by side."""
-
-    def __init__(self, c: float) -> None:
-        super().__init__()
-        self.c = nn.Parameter(torch.tensor(c, dtype=torch.float64))
-        self.one, self.two = Scale(c), Scale(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        both = torch.stack([self.one(self.c * x), self.two(self.c * x)])
-        return x + both.mean(0)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 30])
-def test_sites_side_by_side_are_both_counted(chunk):
-    c, blocks = 0.25, 6
-    model = nn.Sequential(*[ParallelScale(c) for _ in range(blocks)])
-    paths = path_gradients(model, vectors(), torch.sum, chunk=chunk)
-    assert len(paths.sites) == 18
-    powers = [1]  # (1 + t + t^2)^6
-    for _ in range(blocks):
-        powers = [sum(powers[max(0, k - 2) : k + 1]) for k in range(len(powers) + 2)]
-    known = [n * c**k * 3 for k, n in enumerate(powers)]
-    assert paths.norms[:13].tolist() == pytest.approx(known, rel=1e-12)
-    assert not paths.norms[13:].any()
-
-
-def test_a_tail_far_below_1_is_held_exactly():
-    model = nn.Sequential(*[Scale(0.01) for _ in range(300)]).float()
-    paths = path_gradients(model, torch.ones(2, 3), torch.sum, 40)
-    known = sum(math.comb(300, k) * 0.01**k for k in range(41, 301))
-    assert paths.tail_norm == pytest.approx(known * 6**0.5, rel=1e-4)
-    assert paths.tail[0, 0].item() == pytest.approx(known, rel=1e-4)
-
-
-def test_norms_beyond_float32_are_right_and_that_they_cancel_is_said():
-    model = nn.Sequential(*[Scale(-2.0) for _ in range(300)]).float()
-    with pytest.warns(UserWarning, match=r"the lengths cancel, .* 1\.4e\+143 times"):
-        paths = path_gradients(model, torch.ones(2, 3), torch.sum)
-    known = [math.log2(math.comb(300, k)) + k + math.log2(6) / 2 for k in range(301)]
-    known = torch.tensor(known, dtype=torch.float64)
-    torch.testing.assert_close(paths.log2_norms, known, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -203,19 +99,6 @@ def test_projections_and_batch_norm_in_both_modes_have_the_gradients_of_their_pa
     sums, _, _ = by_length(model, images())
     torch.testing.assert_close(paths.gradients, sums, rtol=1e-9, atol=1e-12)
     assert paths.mixes_samples == train
-
-
-def nested() -> nn.Sequential:
-    torch.manual_seed(0)
-    inner = [SwitchBlock(two_layers(5)) for _ in range(2)]
-    outer = SwitchBlock(nn.Sequential(nn.Linear(5, 5), *inner, nn.Linear(5, 5)))
-    blocks = [SwitchBlock(two_layers(5)), outer, SwitchBlock(two_layers(5))]
-    return nn.Sequential(nn.Linear(3, 5), *blocks).double()
-
-
-def is_once(path: tuple[bool, ...]) -> bool:
-    """Tell whether no inner block is taken where the outer one is not: those are one path."""
-    return path[1] or not (path[2] or path[3])
 
 
 def test_a_site_in_the_branch_of_another_adds_to_the_length():
@@ -319,215 +202,6 @@ def test_the_first_layer_may_change_the_input_in_place():
     paths = path_gradients(model, x, squares)
     assert torch.equal(x, before)
     assert paths.sum_error < 1e-12
-
-
-# Less than all lengths, and more than one pass.
-
-
-@pytest.mark.parametrize("longest", [0, 1, 4, 9, 10])
-def test_what_is_longer_is_in_the_tail_exactly(longest):
-    model, x = switch_mlp(10), vectors()
-    whole = path_gradients(model, x, squares, keep=True)
-    paths = path_gradients(model, x, squares, longest, keep=True)
-    torch.testing.assert_close(paths.gradients, whole.gradients[: longest + 1])
-    rest = whole.gradients[longest + 1 :].sum(0)
-    torch.testing.assert_close(paths.tail, rest, rtol=1e-10, atol=1e-16)
-    assert paths.tail_norm == pytest.approx(rest.norm().item(), rel=1e-10)
-    assert paths.tail_share == pytest.approx(whole.shares[longest + 1 :].sum().item(), abs=1e-12)
-    assert (paths.max_length, len(paths.paths), len(paths.norms)) == (longest, *2 * [longest + 1])
-    assert paths.sum_error < 1e-12
-
-
-@pytest.mark.parametrize("longest", [None, 3])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 11, 100])
-def test_no_result_depends_on_the_chunks(chunk, longest):
-    model, x = switch_mlp(10), vectors()
-    one = path_gradients(model, x, squares, longest, chunk=100, keep=True)
-    other = path_gradients(model, x, squares, longest, chunk=chunk, keep=True)
-    torch.testing.assert_close(other.gradients, one.gradients, rtol=1e-13, atol=1e-17)
-    torch.testing.assert_close(other.tail, one.tail, rtol=1e-13, atol=1e-17)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3])
-@pytest.mark.parametrize("gain", [0.3, 1.0, 3.0])
-def test_the_moments_are_those_of_the_exact_shares(gain, chunk):
-    model, x = switch_mlp(10, gain=gain), vectors()
-    exact = path_gradients(model, x, squares)
-    moments = path_gradients(model, x, squares, method="moments", chunk=chunk)
-    length = torch.arange(11).double()
-    mean = (length * exact.shares).sum().item()
-    variance = ((length - mean).square() * exact.shares).sum().item()
-    assert moments.mean_length == pytest.approx(mean, rel=1e-8)
-    assert exact.mean_length == pytest.approx(mean, rel=1e-8)
-    for paths in (exact, moments):
-        if variance >= 0:
-            assert paths.std_length == pytest.approx(variance**0.5, rel=1e-8)
-        else:
-            assert math.isnan(paths.std_length)
-
-
-# Single paths.
-
-
-def test_the_energy_is_that_of_all_paths_within_three_standard_errors():
-    model, x = switch_mlp(10), vectors()
-    _, energy, _ = by_length(model, x)
-    paths = path_gradients(model, x, squares, method="energy", draws=200)
-    off = (paths.energy - energy).abs()
-    assert (off <= 3 * paths.energy_error + 1e-12 * energy).all()
-    assert (paths.energy_error[1:-1] < 0.3 * energy[1:-1]).all()
-    assert paths.energy[0].item() == pytest.approx(energy[0].item(), rel=1e-12)
-    assert paths.energy[10].item() == pytest.approx(energy[10].item(), rel=1e-12)
-
-
-def test_the_energy_beyond_the_longest_length_is_that_of_the_tail():
-    model, x = switch_mlp(8), vectors()
-    _, energy, _ = by_length(model, x)
-    paths = path_gradients(model, x, squares, 1, method="energy", draws=400)
-    assert paths.tail_energy == pytest.approx(energy[2:].sum().item(), rel=0.2)
-    torch.testing.assert_close(paths.energy, energy[:2], rtol=0.2, atol=0)
-
-
-def test_sampled_paths_have_the_mean_norm_of_all():
-    model, x = switch_mlp(8), vectors()
-    _, _, norms = by_length(model, x)
-    counts = torch.tensor([math.comb(8, k) for k in range(9)]).double()
-    paths = path_gradients(model, x, squares, method="sampled", draws=100)
-    off = (paths.mean_norm - norms / counts).abs()
-    assert (off <= 3.5 * paths.mean_norm_error + 1e-12).all()
-    torch.testing.assert_close(paths.count_times_mean, paths.mean_norm * counts)
-    assert paths.mean_norm_error[0] < 1e-15
-    assert (paths.mean_norm_error[1:-1] > 0).all()
-
-
-def test_nested_paths_are_sampled_evenly():
-    model = nested()
-    norms, counts = torch.zeros(2, 6, dtype=torch.float64)
-    for path, (g,) in enumerate_paths(model, vectors(), allowed=is_once):
-        norms[sum(path)] += g.norm()
-        counts[sum(path)] += 1
-    paths = path_gradients(model, vectors(), squares, method="sampled", draws=300)
-    off = (paths.mean_norm - norms / counts).abs()
-    assert (off <= 3.5 * paths.mean_norm_error + 1e-12).all()
-
-
-def test_count_times_mean_is_not_the_norm_of_the_sum():
-    paths = [
-        path_gradients(switch_mlp(10), vectors(), squares, method=method)
-        for method in ("exact", "sampled")
-    ]
-    assert paths[1].count_times_mean[5] > 3 * paths[0].norms[5]
-
-
-@pytest.mark.parametrize("method", ["energy", "sampled"])
-def test_the_seed_decides_what_is_drawn(method):
-    model, x = switch_mlp(6), vectors()
-    state = torch.random.get_rng_state()
-    draws = [
-        path_gradients(model, x, squares, method=method, draws=5, seed=seed).weights
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-# Blocks.
-
-
-def test_the_share_of_a_block_is_that_of_all_paths_through_its_branch():
-    model, x = switch_mlp(6), vectors()
-    through = torch.zeros(6, *x.shape).double()
-    for path, (g,) in enumerate_paths(model, x):
-        through[list(path)] += g
-    paths = path_gradients(model, x, squares, 2, by="block")
-    g = paths.gradient
-    torch.testing.assert_close(paths.block_norms, through.flatten(1).norm(dim=1))
-    torch.testing.assert_close(paths.block_shares, (through * g).flatten(1).sum(1) / (g * g).sum())
-    mean = path_gradients(model, x, squares, method="moments").mean_length
-    assert paths.block_shares.sum().item() == pytest.approx(mean)
-
-
-@pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("longest", [2, 5])
-def test_parameter_gradients_are_split_by_the_branches_above(longest, chunk):
-    model, x = switch_mlp(5), vectors()
-    weights = [list(block.parameters()) for block in model[1:-1]]
-    flat = [p for each in weights for p in each]
-    sums = [torch.zeros(6, *p.shape).double() for p in flat]
-    for path, grads in enumerate_paths(model, x, wanted=flat):
-        for place, (total, g) in enumerate(zip(sums, grads, strict=True)):
-            own = place // 4
-            # what is below its own block does not matter: count such a path once
-            if path[own] and not any(path[:own]):
-                total[sum(path[own + 1 :])] += g
-    blocks = [torch.cat([s.flatten(1) for s in sums[4 * i : 4 * i + 4]], 1) for i in range(5)]
-    paths = path_gradients(model, x, squares, longest, by="block", chunk=chunk)
-    for i, rows in enumerate(blocks):
-        got = paths.weight_norms[i]
-        torch.testing.assert_close(got, rows[:longest].norm(dim=1), rtol=1e-10, atol=1e-14)
-        rest = rows[longest:].sum(0).norm().item()
-        assert paths.weight_tails[i].item() == pytest.approx(rest, rel=1e-10, abs=1e-14)
-
-
-@pytest.mark.parametrize("chunk", [1, 40])
-def test_a_weight_of_several_blocks_has_the_sum_of_its_uses(chunk):
-    c, blocks = 2.0**-10, 40
-    block = Scale(c)
-    model = nn.Sequential(*[block] * blocks).float()
-    paths = path_gradients(model, torch.ones(2, 3), torch.sum, by="block", chunk=chunk)
-    # in block i it multiplies (1 + c)^i, and j of the others above it are gone through
-    known = [
-        sum((1 + c) ** i * math.comb(blocks - 1 - i, j) * c**j for i in range(blocks)) * 6
-        for j in range(8)
-    ]
-    assert paths.weight_norms[0, :8].tolist() == pytest.approx(known, rel=1e-5)
-    assert not paths.weight_norms[1:].any()
-
-
-def test_parameters_of_a_nested_block_are_those_of_the_inner_one():
-    model = nested()
-    paths = path_gradients(model, vectors(), squares, by="block")
-    assert paths.sites == ("1", "2.branch.1", "2.branch.2", "2", "3")
-    assert (paths.weight_norms[:, 0] > 0).tolist() == [True, False, False, True, True]
-    assert (paths.weight_norms[1:3, 1] > 0).all()  # the outer branch is above
-
-
-def test_slices_of_one_parameter_are_the_weights_of_their_own_blocks():
-    torch.manual_seed(0)
-    model = ResidualMLP(3, 2, width=5, blocks=4).double()
-    paths = path_gradients(model, vectors(), squares, by="block")
-    wanted = [p for name, p in model.named_parameters() if name.startswith("stack")]
-    whole = torch.autograd.grad(squares(model(vectors())), wanted)
-    last = torch.cat([g[3].flatten() for g in whole])  # no branch is above the last one
-    torch.testing.assert_close(
-        paths.weight_norms[3], torch.stack([last.norm(), *3 * [last[0] * 0]])
-    )
-    assert (paths.weight_norms[0] > 0).all()
-
-
-# Where, and what is counted.
-
-
-def test_paths_may_begin_at_the_block_of_any_site():
-    model, x = switch_mlp(6), vectors()
-    with torch.no_grad():
-        stream = model[:4](x)
-    rest = nn.Sequential(*model[4:])
-    sums, _, _ = by_length(rest, stream)
-    paths = path_gradients(model, x, squares, where="4", keep=True)
-    assert paths.sites == ("4", "5", "6")
-    torch.testing.assert_close(paths.gradients, sums)
-
-
-def test_a_block_with_a_projection_begins_before_it():
-    torch.manual_seed(0)
-    model = cifar_resnet(SwitchPadded).double().eval()
-    with torch.no_grad():
-        stream = model[:2](images())
-    sums, _, _ = by_length(nn.Sequential(*model[2:]), stream)
-    paths = path_gradients(model, images(), squares, where="2", keep=True)
-    torch.testing.assert_close(paths.gradients, sums, rtol=1e-9, atol=1e-12)
 
 
 class Words(nn.Module):

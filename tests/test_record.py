@@ -4,59 +4,25 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
 
 import pytest
 import torch
-from models import Block, InPlaceBlock, cifar_resnet, residual_mlp, stacks, torchvision
+from models import Block, InPlaceBlock, cifar_resnet, residual_mlp
+from record_models import (
+    WAYS,
+    Watched,
+    Written,
+    cnn,
+    images,
+    run,
+    vectors,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from fastres.nn import ResidualMLP, ResidualStack
-from fastres.ops import mlp_stack, native, residual_add
 from fastres.record import record
-from fastres.sites import add
-
-
-def images(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def vectors(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def cnn() -> nn.Sequential:
-    torch.manual_seed(0)
-    blocks = [InPlaceBlock(8) for _ in range(3)]
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.Flatten(), nn.Linear(512, 5))
-
-
-def transformer() -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True)
-    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-
-
-class Watched(nn.Module):
-    """What hooks measure independently: the norms of the two sides of Block's sum, in float64."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.skips: list[list[Tensor]] = []
-        self.branches: list[list[Tensor]] = []
-        for module in model.modules():
-            if isinstance(module, Block):
-                self.skips.append([])
-                self.branches.append([])
-                skip, branch = self.skips[-1], self.branches[-1]
-                module.register_forward_pre_hook(lambda _, x, to=skip: to.append(x[0].double()))
-                module.branch.register_forward_hook(lambda *a, to=branch: to.append(a[2].double()))
-
-    def norms(self, which: list[list[Tensor]]) -> Tensor:
-        return torch.stack([torch.cat(each).detach().flatten(1).norm(dim=1) for each in which])
 
 
 def test_the_means_are_those_of_independent_hooks_over_several_batches():
@@ -84,252 +50,6 @@ def test_single_samples_are_kept_on_request():
     assert tape.dot.shape == (3, 5)
     cosine = (tape.dot / (tape.skip_sq * tape.branch_sq).sqrt()).double().mean(1)
     torch.testing.assert_close(tape.cosine, cosine, rtol=1e-4, atol=1e-6)
-
-
-def run(model: nn.Module, x: Tensor, grad: bool = True) -> list[Tensor]:
-    """One pass with gradients, from one seed: everything that must not change."""
-    torch.manual_seed(7)
-    model.zero_grad(set_to_none=True)
-    with torch.set_grad_enabled(grad):
-        x = x.clone().requires_grad_(grad)
-        out = model(x)
-        if grad:
-            out.square().sum().backward()
-    grads = [x.grad, *(p.grad for p in model.parameters())] if grad else []
-    return [out.detach(), *grads, *(b.clone() for b in model.buffers())]
-
-
-def assert_same_bits(model: nn.Module, x: Tensor, grad: bool = True, passes: int = 3) -> None:
-    plain = copy.deepcopy(model)
-    with record(model) as tape:
-        for _ in range(passes):
-            for one, other in zip(run(plain, x, grad), run(model, x, grad), strict=True):
-                assert (one is None and other is None) or torch.equal(one, other)
-    assert tape.samples == passes * x.size(0)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert torch._C._len_torch_function_stack() == 0
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_a_cnn_that_adds_in_place_keeps_its_bits(train, channels_last):
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    model = cnn().train(train).to(memory_format=form)
-    assert_same_bits(model, images().contiguous(memory_format=form))
-    assert_same_bits(model, images().contiguous(memory_format=form), grad=False)
-
-
-def test_projection_skips_keep_their_bits():
-    torch.manual_seed(0)
-    assert_same_bits(cifar_resnet(), images())
-
-
-def test_a_transformer_in_training_keeps_its_bits_and_its_dropout():
-    assert_same_bits(transformer().train(), torch.randn(2, 5, 16))
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_vision_transformer_in_eval_mode_keeps_its_bits(grad):
-    vit = torchvision().models.VisionTransformer(32, 16, 2, 4, 64, 64, num_classes=3).eval()
-    assert_same_bits(vit, torch.randn(2, 3, 32, 32), grad)
-
-
-def test_encoder_layers_are_recorded_in_eval_mode_as_well():
-    model = transformer().eval()
-    with torch.no_grad(), record(model) as tape:
-        for _ in range(2):
-            model(torch.randn(2, 5, 16))
-    assert len(tape.names) == 6
-    assert tape.names[0] == "layers.0[0]"
-
-
-def test_an_encoder_with_padding_is_recorded_without_nested_tensors():
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
-    padding[0, 3:] = True
-    with torch.no_grad():
-        plain = model(x, src_key_padding_mask=padding)
-        with record(model) as tape:
-            outs = [model(x, src_key_padding_mask=padding) for _ in range(3)]
-    assert len(tape.names) == 4
-    for out in outs:
-        torch.testing.assert_close(out[~padding], plain[~padding])
-
-
-class Written(nn.Module):
-    def __init__(self, write):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear, self.write = nn.Linear(8, 8), write
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.write(x.sin(), self.linear)
-
-
-WAYS = {
-    "plus": lambda x, f: x + f(x),
-    "reversed": lambda x, f: f(x) + x,
-    "in place": lambda x, f: f(x).add_(x),
-    "alpha": lambda x, f: torch.add(x, f(x), alpha=-0.5),
-    "alpha on the skip": lambda x, f: torch.add(f(x), x, alpha=2),
-    "by name": lambda x, f: torch.add(input=f(x), other=x),
-    "mixed dtypes": lambda x, f: x.double() + f(x),
-    "strided": lambda x, f: x.t().clone().t() + f(x),
-    "declared": lambda x, f: add(x, f(x)),
-    "residual_add": lambda x, f: residual_add(x, f(x))[0],
-}
-SIDES = {"alpha": (1, -0.5), "alpha on the skip": (2, 1)}
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_write_the_add_is_measured_and_keeps_its_bits(way, grad):
-    model = Written(WAYS[way])
-    x = torch.randn(3, 8)
-    assert_same_bits(model, x, grad)
-    with record(model, per_sample=True) as tape, torch.set_grad_enabled(grad):
-        model(x)
-        model(x)
-    a, b = SIDES.get(way, (1, 1))
-    skip, branch = x.sin().double(), model.linear(x.sin()).detach().double()
-    for got, want in (
-        (tape.skip_sq, (a * skip).square().sum(1)),
-        (tape.branch_sq, (b * branch).square().sum(1)),
-        (tape.dot, (a * b * skip * branch).sum(1)),
-    ):
-        torch.testing.assert_close(got[0].double(), want.repeat(2), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(native.C is None, reason="the compiled library is not loaded")
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("way", ["plus", "reversed", "in place", "declared"])
-def test_the_sums_come_from_the_pass_that_adds(way, grad, monkeypatch):
-    from fastres import measuring
-
-    monkeypatch.setattr(measuring, "_reference", None)
-    model = Written(WAYS[way])
-    with record(model) as tape, torch.set_grad_enabled(grad):
-        for _ in range(2):
-            model(torch.randn(3, 8))
-    assert tape.samples == 6
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_stack_that_runs_as_one_gives_what_its_separate_blocks_give(grad):
-    fused, separate = stacks(5, "gelu")
-    with record(fused, True) as tape, record(separate, True) as plain, torch.set_grad_enabled(grad):
-        for batch in (3, 2):
-            fused(vectors(batch))
-            separate(vectors(batch))
-    assert tape.names == plain.names == [f"stack[{i}]" for i in range(5)]
-    assert tape.sites == plain.sites
-    assert tape.samples == plain.samples == 5
-    for name in ("absolute", "scaled", "cosine", "skip_sq", "branch_sq", "dot"):
-        torch.testing.assert_close(getattr(tape, name), getattr(plain, name), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (2, 3, 4, 8), (0, 8)])
-def test_a_recorded_stack_keeps_its_bits_whatever_the_dimensions_of_its_stream(grad, shape):
-    assert_same_bits(ResidualStack(8, 4), torch.randn(shape), grad)
-
-
-def test_a_sample_of_a_stack_is_all_that_dim_0_counts():
-    fused, separate = (model.stack for model in stacks(3))
-    x = torch.randn(2, 3, 5, 8)
-    with record(fused, True) as tape, record(separate, True) as plain:
-        for _ in range(2):
-            fused(x)
-            separate(x)
-    assert [site.shape for site in tape.sites] == [(2, 3, 5, 8)] * 3
-    torch.testing.assert_close(tape.skip_sq, plain.skip_sq)
-    torch.testing.assert_close(tape.dot, plain.dot, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(native.raw("_mlp_stack") is None, reason="the library is not built")
-@pytest.mark.parametrize("grad", [True, False])
-def test_recording_a_stack_costs_as_many_calls_whatever_its_depth(grad):
-    assert calls_of_a_pass(3, grad) == calls_of_a_pass(300, grad)
-
-
-def calls_of_a_pass(blocks: int, grad: bool) -> int:
-    """Calls of Python and C functions in a pass of a recorded ResidualMLP after the first."""
-    model, calls = ResidualMLP(4, 3, width=8, blocks=blocks), []
-    with torch.set_grad_enabled(grad), record(model):
-        for _ in range(3):
-            calls.clear()
-            sys.setprofile(lambda _, event, __: calls.append(event) if "call" in event else None)
-            try:
-                model(vectors())
-            finally:
-                sys.setprofile(None)
-    return len(calls)
-
-
-def test_a_call_of_mlp_stack_in_any_model_is_recorded():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.inner = ResidualStack(8, 3), ResidualStack(8, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            s = self.inner
-            x, _ = mlp_stack(x, s.w1, s.b1, s.w2, s.b2, 0.5, "tanh", blocks=4)
-            x = self.first(x) + x  # twice: a site with the stack in its branch
-            return x + self.first.w1.sum() * x.cos()
-
-    model, x = Model(), torch.randn(3, 8)
-    with record(model, True) as tape:
-        for _ in range(2):
-            model(x)
-    assert tape.names == [
-        *(f"Model[{i}]" for i in range(4)), *(f"first[{i}]" for i in range(3)), "Model[4]",
-        "Model[5]",
-    ]  # fmt: skip
-    assert [site.level for site in tape.sites] == [0, 0, 0, 0, 1, 1, 1, 0, 0]
-    s = model.inner
-    _, stats = mlp_stack(x, s.w1, s.b1, s.w2, s.b2, 0.5, "tanh", blocks=4)
-    assert torch.equal(tape.dot[:4, :3], stats.dot)
-
-
-def test_records_of_a_model_that_declares_its_adds_may_be_open_at_once():
-    for model in stacks(4):
-        for grad in (True, False):
-            with (
-                torch.set_grad_enabled(grad),
-                record(model) as one,
-                record(model) as other,
-                record(model.stack) as part,
-            ):
-                for _ in range(3):
-                    model(vectors())
-            assert torch.equal(one.absolute, other.absolute)
-            assert torch.equal(one.absolute, part.absolute)
-            assert one.samples == other.samples == part.samples == 6
-
-
-def test_a_stack_under_autocast_is_its_separate_blocks():
-    fused, separate = stacks(3)
-    with record(fused) as tape, record(separate) as plain:
-        fused(vectors(4))
-        separate(vectors(4))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(fused(vectors(4)), separate(vectors(4)))
-    assert tape.samples == plain.samples == 8
-    torch.testing.assert_close(tape.scaled, plain.scaled, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize(("blocks", "got"), [(4, "one add more"), (2, "none")])
-def test_a_stack_that_changes_its_depth_between_passes_is_told(blocks, got):
-    model, other = stacks(3)[0], stacks(blocks)[0]
-    with record(model) as tape:
-        model(vectors())
-        for name, parameter in other.stack.named_parameters():
-            setattr(model.stack, name, parameter)
-        with pytest.raises(RuntimeError, match=rf"site 'stack\[2\]' .* got {got}"):
-            model(vectors())
-    assert tape.samples == 2
 
 
 class Checkpointed(nn.Module):
