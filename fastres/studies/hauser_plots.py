@@ -50,15 +50,19 @@ def _profile(axes: Axes, curve: Curve, colour: tuple[float, ...]) -> None:
 
 def _finish(value: Axes, exponent: Axes, profile: Axes, found: Sequence[Curve]) -> None:
     depths = sorted({depth for curve in found for depth in curve.blocks})
+    labelled: list[int] = []  # those that have room for a label
+    for depth in depths:
+        if not labelled or depth > 1.5 * labelled[-1]:
+            labelled.append(depth)
     for axes in (value, exponent):
         axes.set_xscale("log")
-        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_xticks(labelled, map(str, labelled))
         axes.minorticks_off()
     if depths:
         top = max(float(curve.of("scaled").mean(0)[0]) for curve in found)
         law = [top * depths[0] / depth for depth in depths]
         value.plot(depths, law, ":", color="0.4", lw=1, label="1 / L")
-        value.legend(frameon=False, fontsize=7)
+        value.legend(frameon=False, fontsize=7, loc="lower left")
     plots.log_ticks(value)
     profile.set_yscale("log")
     exponent.axhline(-1, color="0.4", lw=1, ls=":")
