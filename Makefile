@@ -5,6 +5,8 @@ ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 CONFIG := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),$(wildcard $(ENV)/pyvenv.cfg),$(ENV)/pyvenv.cfg)
 PYTHON := $(ENV)/bin/python
 PARTS ?=
+# Those of environments with other Pythons and torches, for `make reliability`.
+PYTHONS ?=
 # pip's arguments, used only where no torch of 2.11 or later is.
 TORCH ?= torch==2.13.0
 FASTRES_BUILD ?= require
@@ -16,7 +18,7 @@ NATIVE := $(DONE)/native-$(FASTRES_BUILD)-$(FASTRES_CUDA)-$(FASTRES_CUDA_ARCHS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint types fuzz wheel bench tables gpu clean again
+.PHONY: help demo test build lint types fuzz reliability wheel bench tables gpu clean again
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -38,9 +40,12 @@ lint: $(DONE)/dev  ## ruff, clang-format
 types: $(DONE)/dev  ## mypy, strict
 	$(PYTHON) -m mypy
 
-fuzz: $(DONE)/test $(NATIVE)  ## call every operator 2,000 times at random, kill runs 200 times
-	FASTRES_KILLS=200 $(PYTHON) -m pytest tests/test_fuzz.py tests/test_survival.py \
-	  --hypothesis-profile=nightly $(PYTEST_ARGS)
+fuzz: $(DONE)/test $(NATIVE)  ## call operators 2,000 times, kill runs 200 times, damage 500 files
+	FASTRES_KILLS=200 FASTRES_DAMAGES=500 $(PYTHON) -m pytest tests/test_fuzz.py \
+	  tests/test_survival.py tests/test_damage.py --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+reliability: $(DONE)/test $(NATIVE)  ## PARTS="fuzz kills": run them all night, into docs/reliability
+	$(PYTHON) tools/reliability.py $(addprefix --python ,$(PYTHONS)) $(PARTS)
 
 wheel: $(DONE)/build  ## build a wheel for this Python, with the libraries, into dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

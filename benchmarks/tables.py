@@ -3,8 +3,8 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
 every case, else only those that the benchmark calls headline. `<!-- table: demo -->`, and those
 named after a study, have what was printed, from docs/demo/report.json, docs/paths/report.json and
-so on. Run `python -m benchmarks.tables` to rewrite them, with `--check` to fail where one is not
-up to date.
+so on; `<!-- table: reliability -->` has docs/reliability/scorecard.json. Run
+`python -m benchmarks.tables` to rewrite them, with `--check` to fail where one is not up to date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, scorecard
 from benchmarks.case import OURS
 from benchmarks.machine import ROOT
 
@@ -138,6 +138,8 @@ def study(name: str) -> str:
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
     """Return what stands between the markers for one name, all devices one after another."""
+    if name == "reliability":
+        return scorecard.tables()
     if name in STUDIES:
         return study(name)
     parts = []

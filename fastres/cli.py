@@ -62,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List the residual adds of a model; it is built and run once."
+    parser.description = (
+        "List the residual adds of a model; it is built and run once. MODULE is imported and "
+        "FACTORY called: what they name is code that runs, so name only what you trust."
+    )
     option = parser.add_argument
     option("model", metavar="MODULE:FACTORY", help="such as torchvision.models:resnet18")
     option("--input", default="1,3,224,224", metavar="SHAPE", help="(1,3,224,224)")

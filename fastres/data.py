@@ -6,17 +6,20 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastres.formats import Bytes, DataError, read_cifar_binary, read_cifar_pickle, read_idx
 
 __all__ = ["NAMES", "Data", "DataError", "find_folder", "load", "read"]
 
+_DIGITS: Final = 0xB89DAEA8  # CRC-32 of their pixels and labels, a byte each
 Split = tuple[Bytes, Bytes]  # images [N, C, H, W], labels [N]
 
 
@@ -128,16 +131,31 @@ def _digits(_root: str | Path | None) -> tuple[Split, Split]:
         raise ModuleNotFoundError(
             "data: digits need scikit-learn: pip install 'fastres[demo]'"
         ) from None
-    pixels, labels = load_digits(return_X_y=True)
-    images = pixels.astype(np.uint8).reshape(-1, 1, 8, 8)
+    images, labels = _checked_digits(load_digits)
     held_out = np.zeros(len(labels), bool)
     # RandomState: its stream is frozen, so the split is the same under every numpy
     random = np.random.RandomState(0)
     for digit in range(10):
         members = random.permutation(np.flatnonzero(labels == digit))
         held_out[members[: round(len(members) / 5)]] = True
-    classes = labels.astype(np.uint8)
-    return (images[~held_out], classes[~held_out]), (images[held_out], classes[held_out])
+    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+
+
+def _checked_digits(load_digits: Callable[..., tuple[NDArray[np.float64], ...]]) -> Split:
+    """Read scikit-learn's file, and see that the values are those that it has always had."""
+    file = Path(str(resources.files("sklearn.datasets.data") / "digits.csv.gz"))
+    rule = "must be scikit-learn's 1797 digits"
+    try:
+        given = load_digits(return_X_y=True)
+        with np.errstate(invalid="ignore"):
+            images, labels = (values.astype(np.uint8) for values in given)
+        exact = all((a == b).all() for a, b in zip(given, (images, labels), strict=True))
+    except Exception as error:  # of gzip, of a number that is none
+        raise DataError(file, rule, str(error)[:200] or type(error).__name__) from error
+    found = zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
+    if not exact or found != _DIGITS:
+        raise DataError(file, rule, f"other values, of checksum {found:08x}")
+    return images.reshape(-1, 1, 8, 8), labels
 
 
 def _mnist(root: str | Path | None) -> tuple[Split, Split]:

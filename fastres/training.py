@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastres.checkpoint import load, restore_training, save, training_state
 from fastres.data import Data
+from fastres.files import alone_with
 from fastres.formats import DataError
 from fastres.gates import GatesLike, gate
 from fastres.progress import bar
@@ -103,14 +104,22 @@ def train(
 
     Raises:
         ValueError: If the data set has no training samples, or the checkpoint is damaged, or of a
-            training with other arguments.
+            training with other arguments, or in use by another run.
+        OSError: If the checkpoint cannot be written; one that was there stays as it was.
         FloatingPointError: If the loss of an epoch is not finite.
         ModuleNotFoundError: With a checkpoint, without safetensors.
     """
-    recipe = recipe or Recipe()
-    count = len(data.train_x)
-    if count == 0:
+    if len(data.train_x) == 0:
         raise ValueError("train: data must have training samples, got 0")
+    with nullcontext() if checkpoint is None else alone_with(checkpoint):
+        return _train(model, data, recipe or Recipe(), seed, device, gates, progress, checkpoint)
+
+
+def _train(
+    model: nn.Module, data: Data, recipe: Recipe, seed: int, device: str | torch.device,
+    gates: GatesLike | None, progress: str | None, checkpoint: Path | None,
+) -> History:  # fmt: skip
+    count = len(data.train_x)
     x, y = data.train_x.to(device), data.train_y.to(device)
     model.to(device).train()
     batches = math.ceil(count / recipe.batch_size)

@@ -66,12 +66,17 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
         "path_accumulate",
     ],
 )
-def test_results_are_right_and_the_same_in_every_order_of_the_threads(op, reference, seed) -> None:
+def test_results_are_right_and_the_same_in_every_order_of_the_threads(
+    op, reference, seed, record_property
+) -> None:
     library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
     in_order, shuffled = (op.Runner(str(library), s) for s in (0, seed))
+    count = 0
     for case in reference.cases(seed):
         written = zip(in_order.run(case), shuffled.run(case), strict=True)
         assert all(a.tobytes() == b.tobytes() for a, b in written), f"{case} depends on the order"
+        count += 1
+    record_property("cases in two orders of threads", count)
 
 
 def run_in_its_own_process(op: str, library: Path, environment: dict[str, str]) -> str:
@@ -114,11 +119,14 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
     "op",
     ["residual_add", "batch_norm_residual", "mlp_stack", "mlp_stack_paths", "path_accumulate"],
 )
-def test_kernels_stay_within_their_memory(op: str) -> None:
+def test_kernels_stay_within_their_memory(op: str, record_property) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")
     flags = [*build.SANITIZE, *build.OWN_TYPES]  # our own types: they are tried nowhere else
-    run_in_its_own_process(op, build.library(sources(op), flags), build.sanitizer_environment())
+    library = build.library(sources(op), flags)
+    printed = run_in_its_own_process(op, library, build.sanitizer_environment())
+    counts = map(int, re.findall(r"^(\d+) cases", printed, re.MULTILINE))
+    record_property("cases under address and undefined-behaviour sanitizers", sum(counts))
 
 
 @needs_fibers
@@ -139,15 +147,17 @@ def test_kernels_stay_within_their_memory(op: str) -> None:
         (10, "too_much_shared: invalid launch configuration"),
     ],
 )
-def test_the_fibers_find_the_fault(which: int, found: str, seed: int) -> None:
+def test_the_fibers_find_the_fault(which: int, found: str, seed: int, record_property) -> None:
     library = ctypes.CDLL(str(build.library([build.HERE / "faults.cpp"], build.toolkit())))
     library.fault.restype = ctypes.c_char_p
     error = library.fault(which, ctypes.c_uint64(seed))
     assert error is not None
     assert re.search(found, error.decode())
+    record_property("planted faults found", int(seed == 0))
 
 
 @needs_fibers
-def test_an_atomic_sum_of_floats_does_not_compile() -> None:
+def test_an_atomic_sum_of_floats_does_not_compile(record_property) -> None:
     with pytest.raises(RuntimeError, match=r"deleted function.*atomicAdd"):
         build.library([build.HERE / "faults.cpp"], ["-DFLOAT_ATOMIC", *build.toolkit()])
+    record_property("planted faults found", 1)

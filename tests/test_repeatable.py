@@ -68,9 +68,10 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_100_runs_are_the_same(call):
+def test_100_runs_are_the_same(call, record_property):
     first = call()
     assert all(same(first, call()) for _ in range(99))
+    record_property("runs the same", 100)
 
 
 def test_any_number_of_threads_gives_the_same(call):

@@ -1,4 +1,4 @@
-"""Runs survive what happens to them: kill -9, damaged files, full disks, a second run."""
+"""Runs survive what happens to them: kill -9, a damaged report, a second run."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from dataclasses import asdict, dataclass
 
 import pytest
+import torch
+from test_training import blobs, net, weights
 
 from fastres import report
+from fastres.checkpoint import load
 from fastres.files import alone_in
-from fastres.formats import DataError
-from fastres.studies import (
-    demo_report,
-    li_report,
-    littwin_wolf_report,
-    paths_report,
-    veit_report,
-)
 from fastres.studies.resuming import Form, measure_all
+from fastres.training import Recipe, train
 
-DOCS = report.Path(__file__).parent.parent / "docs"
+EPOCHS = 8
 KILLS = int(os.environ.get("FASTRES_KILLS", "25"))
 fork = multiprocessing.get_context("fork")
 
@@ -61,9 +56,9 @@ def go_on(out, pause=0.0, say=lambda _: None, plan=PLAN):
     return measure_all(FORM, plan, measure, {"study": "test"}, out, False, say, with_bar=False)
 
 
-def killed_after(seconds, out):
+def killed_after(seconds, run, *arguments):
     """Run in a process of its own until kill -9; returns whether it was still at work."""
-    process = fork.Process(target=go_on, args=(out, 0.01))
+    process = fork.Process(target=run, args=arguments)
     process.start()
     process.join(seconds)
     process.kill()
@@ -71,12 +66,12 @@ def killed_after(seconds, out):
     return process.exitcode == -signal.SIGKILL
 
 
-def test_kill_9_at_any_moment_loses_no_finished_part(tmp_path):
+def test_kill_9_at_any_moment_loses_no_finished_part(tmp_path, record_property):
     source, killed = random.Random(0), 0
-    for number in range(KILLS):
-        out = tmp_path / str(number)
+    while killed < KILLS:
+        out = tmp_path / str(killed)
         before = 0
-        while killed_after(source.uniform(0, 0.12), out):
+        while killed_after(source.uniform(0, 0.12), go_on, out, 0.01):
             killed += 1
             found = report.finished(out / "report.json", {"study": "test"}, Part.parse)
             assert found == [part(n) for n in range(len(found))]
@@ -88,7 +83,38 @@ def test_kill_9_at_any_moment_loses_no_finished_part(tmp_path):
         content = json.loads((out / "report.json").read_text())
         assert content["rows"] == [asdict(part(n)) for n in PLAN]
         assert len((out / "table.csv").read_text().splitlines()) == 13
-    assert killed >= KILLS / 2
+    record_property("studies killed", killed)
+
+
+def trained(file):
+    """Train, and return all that it comes to."""
+    torch.manual_seed(1)  # for the dropout
+    model = net()
+    losses = train(model, blobs(), Recipe(EPOCHS, batch_size=32), checkpoint=file).losses
+    return [*weights(model).tolist(), *losses]
+
+
+def trained_alone(file):
+    torch.set_num_threads(1)  # threads do not survive a fork
+    trained(file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd has threads there, once used")
+def test_kill_9_at_any_moment_loses_no_kept_epoch(tmp_path, record_property):
+    source, killed, whole = random.Random(0), 0, trained(tmp_path / "whole.safetensors")
+    while killed < KILLS:
+        file = tmp_path / f"{killed}.safetensors"
+        before = 0
+        while killed_after(source.uniform(0, 0.2), trained_alone, file):
+            killed += 1
+            losses = load(file)[1]["losses"] if file.exists() else []
+            assert losses == whole[-EPOCHS:][: len(losses)]
+            assert len(losses) >= before
+            before = len(losses)
+            if source.random() < 0.3:
+                break
+        assert trained(file) == whole
+    record_property("trainings killed", killed)
 
 
 def test_parts_are_kept_and_written_in_the_order_of_the_plan(tmp_path):
@@ -129,74 +155,10 @@ def test_a_damaged_report_is_put_aside_and_said(tmp_path):
     file.write_text(text)
     said = []
     assert len(go_on(tmp_path, say=said.append).parts) == 12
-    assert "other rows than it was written with; it is now report.damaged.json" in said[0]
+    assert (
+        "other arguments or rows than it was written with; it is now report.damaged.json" in said[0]
+    )
     assert (tmp_path / "report.damaged.json").read_text() == text
-
-
-REPORTS = {
-    "demo": demo_report.Row.parse,
-    "li": li_report.Part.parse,
-    "littwin-wolf": littwin_wolf_report.Part.parse,
-    "paths": paths_report.Part.parse,
-    "veit": veit_report.Part.parse,
-}
-
-
-@pytest.mark.parametrize("name", [n for n in REPORTS if (DOCS / n / "report.json").exists()])
-def test_100_damaged_reports_of_each_study_are_refused_or_change_nothing(name, tmp_path):
-    whole = (DOCS / name / "report.json").read_bytes()
-    if len(whole) > 100_000:  # of a large one, its first rows
-        content = json.loads(whole)
-        content["rows"] = content["rows"][:5]
-        content["sha256"] = report.digest(content["rows"])
-        whole = json.dumps(content, indent=1).encode()
-    arguments = json.loads(whole)["arguments"]
-    file, source = tmp_path / "report.json", random.Random(0)
-    file.write_bytes(whole)
-    rows = report.finished(file, arguments, REPORTS[name])
-    assert rows
-    refused = 0
-    for _ in range(100):
-        damaged = bytearray(whole)
-        if source.random() < 0.2:
-            del damaged[source.randrange(len(whole)) :]
-        else:
-            damaged[source.randrange(len(whole))] ^= 1 << source.randrange(8)
-        file.write_bytes(damaged)
-        try:
-            assert report.finished(file, arguments, REPORTS[name]) in (rows, [])
-        except DataError as error:
-            assert str(file) in str(error)  # noqa: PT017
-            refused += 1
-    assert refused > 50
-
-
-def test_a_full_disk_leaves_the_last_report_and_an_error(tmp_path):
-    go_on(tmp_path, plan=PLAN[:3])
-    before = (tmp_path / "report.json").read_bytes()
-
-    def limited(pipe):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        try:
-            go_on(tmp_path)
-        except OSError as error:
-            pipe.send(str(error))
-        os._exit(0)
-
-    ours, theirs = fork.Pipe()
-    process = fork.Process(target=limited, args=(theirs,))
-    process.start()
-    assert ours.poll(60)
-    assert "File too large" in ours.recv()
-    process.join()
-    assert (tmp_path / "report.json").read_bytes() == before
-    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "table.csv"}
-
-
-def test_a_folder_that_cannot_be_written_to_is_named():
-    with pytest.raises(OSError, match="report: out must be a writable folder, got /proc/none"):
-        go_on(report.Path("/proc/none"))
 
 
 def test_an_error_inside_stays_what_it_is(tmp_path):

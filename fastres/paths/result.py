@@ -155,11 +155,15 @@ class PathGradients(Measures):
 
         Raises:
             OSError: If the file cannot be read.
-            ValueError: If `save` did not write it.
+            ValueError: If `save` did not write it, or it is damaged.
         """
-        facts, arrays = saving.read(Path(path), _FACTS)
-        facts |= {name: tuple(facts[name]) for name in ("sites", "paths")}
-        return cls(**facts, gradient=arrays.pop("gradient"), measured=arrays)
+        return saving.read(Path(path), cls._made)
+
+    @classmethod
+    def _made(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        known = {name: facts[name] for name in _FACTS}
+        known |= {name: tuple(facts[name]) for name in ("sites", "paths")}
+        return cls(**known, gradient=tensors.pop("gradient"), measured=tensors)
 
     def __repr__(self) -> str:
         count = f"{len(self.sites)} sites, lengths 0 to {self.max_length}"

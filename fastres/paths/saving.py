@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastres.files import write as write_file
 
+Made = TypeVar("Made")
 _FACTS = "facts.json"
 
 
@@ -38,24 +38,25 @@ def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     write_file(path, content.getvalue())
 
 
-def read(path: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read back what `write` wrote: facts and tensors, those on the CPU.
+def read(path: Path, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
+    """Read back what `write` wrote; no code runs, whatever is in the file.
 
     Args:
         path: The file.
-        names: The facts it must have.
+        make: Makes the result of facts and tensors, those on the CPU.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is another kind of file.
+        ValueError: If it is damaged, or something else.
     """
+    content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             head = json.loads(bytes(arrays[_FACTS]))
             tensors = {
                 name: torch.from_numpy(arrays[name]).to(getattr(torch, kind))
                 for name, kind in head["types"].items()
             }
-        return {name: head["facts"][name] for name in names}, tensors
-    except (KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        return make(head["facts"], tensors)
+    except Exception as error:  # whatever a damaged or hostile zip provokes, it is a wrong file
         raise ValueError(f"load: path must be a file that save wrote, got {path}") from error

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fastres.checkpoint import load, restore_training, save, training_state
+from fastres.files import alone_with
+from fastres.formats import DataError
 from fastres.gates import GatesLike, gate
 from fastres.progress import bar
 
@@ -79,8 +81,8 @@ def train_epochs(
 
     Raises:
         FloatingPointError: If a loss is not finite.
-        OSError: If the checkpoint cannot be written.
-        ValueError: If it is damaged.
+        OSError: If the checkpoint cannot be written; one that was there stays as it was.
+        ValueError: If it is damaged, or in use by another run.
     """
     optimiser = torch.optim.SGD(
         model.parameters(), schedule.lr, schedule.momentum,
@@ -88,14 +90,15 @@ def train_epochs(
     )  # fmt: skip
     size = sum(p.numel() for p in model.parameters())
     made_for = json.dumps({**asdict(schedule), "seed": seed, "images": len(x), "parameters": size})
-    done = _load(checkpoint, made_for, model, optimiser, notes)
-    if done < 0:
-        yield 0
-        _save(checkpoint, made_for, model, optimiser, notes, 0)
-    for epoch in range(max(done, 0), schedule.epochs):
-        _train_epoch(model, x, y, schedule, optimiser, epoch, seed, gates)
-        yield epoch + 1
-        _save(checkpoint, made_for, model, optimiser, notes, epoch + 1)
+    with alone_with(checkpoint):
+        done = _load(checkpoint, made_for, model, optimiser, notes)
+        if done < 0:
+            yield 0
+            _save(checkpoint, made_for, model, optimiser, notes, 0)
+        for epoch in range(max(done, 0), schedule.epochs):
+            _train_epoch(model, x, y, schedule, optimiser, epoch, seed, gates)
+            yield epoch + 1
+            _save(checkpoint, made_for, model, optimiser, notes, epoch + 1)
 
 
 def _train_epoch(
@@ -136,8 +139,11 @@ def _load(
     if not path.is_file():
         return -1
     tensors, facts = load(path)
-    if facts["made_for"] != made_for:
+    if facts.get("made_for") != made_for:
         return -1
-    restore_training(model, optimiser, tensors, facts["groups"])
+    try:
+        restore_training(model, optimiser, tensors, facts["groups"])
+    except ValueError as error:
+        raise DataError(path, "must be of the same model", error) from error
     notes[:] = facts["notes"]
     return int(facts["epoch"])

@@ -134,7 +134,7 @@ def _save(
     report.write_csv(out / "table.csv", columns, lines)
     entries: list[Any] = [asdict(part) for part in parts]  # type: ignore[call-overload]
     content = {"arguments": arguments, "environment": environment, **form.summary(parts)}
-    content |= {"sha256": report.digest(entries), "rows": entries}
+    content |= {"sha256": report.digest([arguments, entries]), "rows": entries}
     report.write_json(out / "report.json", content)  # last: what it has is in the table
 
 
