@@ -124,6 +124,37 @@ def test_hooks_that_are_on_already_get_what_is_kept(kind, recomputed):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_mixed_precision_is_recomputed_as_it_was(keep_all, recomputed):
+    _, fused = twins(Kuangliu, recompute=True, verify=False)
+    other, found = copy.deepcopy(fused), []
+    for model in (fused, other):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(images())
+        found.append(torch.autograd.grad(y.float().square().sum(), list(model.parameters())))
+        assert len(recomputed) == 4
+        keep_all()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_compiled_graph_keeps_what_it_likes():
+    plain, fused = twins(Kuangliu, recompute=True, verify=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused[1], fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5)
+    for a, b in zip(gradients(plain[1], x), gradients(compiled, x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+def test_transforms_of_functorch_keep_all():
+    plain, fused = (model.double() for model in twins(Akamaster, recompute=True, verify=False))
+    weights = [{name: p.detach() for name, p in m.named_parameters()} for m in (plain, fused)]
+    found = [
+        torch.func.grad(lambda w, m=m: torch.func.functional_call(m, w, images().double()).sum())(w)
+        for m, w in zip((plain.eval(), fused.eval()), weights, strict=True)
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_what_is_kept_must_not_be_written_to():
     block = net(Akamaster)[1]
     fastres.fuse(block, recompute=True)
