@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import count
 from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import _has_any_global_hook
@@ -16,10 +17,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres.declaring import add, fused_add, fused_norm
 from fastres.hooks import Hook, Idle
 from fastres.ops import native
+from fastres.ops.batch_norm_residual_inner import batch_norm_inner
+from fastres.ops.recomputing import Recomputing
 
 _numbers: Final = count()
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Branch = tuple[Tensor, nn.Module | None]  # and the batch norm that is still to come
+Channels = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # [C] each
 
 
 def is_bare(module: nn.Module, *types: type[nn.Module]) -> bool:
@@ -57,10 +61,33 @@ def run_branch(tail: nn.Module, x: Tensor) -> Branch:
         return tail(x), None
     while tail is not norm:
         *parts, tail = cast("nn.Sequential", tail).children()
-        for part in parts:
-            x = part(x)
+        x = _run_parts(parts, x)
     norm._check_input_dim(x)  # type: ignore[operator]
     return x, norm
+
+
+def _run_parts(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Run modules one after the other, a batch norm and the ReLU after it as one."""
+    at = 0
+    while at < len(parts):
+        if at + 1 < len(parts) and is_bare(parts[at], *NORMS) and is_bare(parts[at + 1], nn.ReLU):
+            x = activated(parts[at], x, parts[at + 1])
+            at += 2
+        else:
+            x = parts[at](x)
+            at += 1
+    return x
+
+
+def activated(norm: nn.Module, f: Tensor, relu: nn.Module | None = None) -> Tensor:
+    """Run a batch norm within a branch, and the ReLU after it: that module, or the function."""
+    bare = is_bare(norm, *NORMS) and (relu is None or is_bare(relu, nn.ReLU))
+    if not bare or _is_hooked() or not native.runs_on(f) or torch.compiler.is_compiling():
+        f = norm(f)
+        return F.relu(f) if relu is None else relu(f)
+    norm._check_input_dim(f)  # type: ignore[operator]
+    statistics, options = _statistics(cast("nn.BatchNorm2d", norm))
+    return batch_norm_inner(f, *statistics, True, **options)
 
 
 def join(
@@ -89,23 +116,23 @@ def join(
 
 def _normed(norm: nn.BatchNorm2d, skip: Tensor, f: Tensor, relu: bool) -> Tensor:
     """Run the operator as `norm` would run: the rules are those of nn.BatchNorm2d.forward."""
+    statistics, options = _statistics(norm)
+    return fused_norm(skip, f, *statistics, None, relu, **options)[0]
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Channels, dict[str, Any]]:
+    """Return running mean and variance, weight, bias, and the options that go with them."""
     tracks = norm.training and norm.track_running_stats
     count = norm.num_batches_tracked if tracks else None
     kept = tracks or not norm.training
-    return fused_norm(
-        skip,
-        f,
-        norm.running_mean if kept else None,
-        norm.running_var if kept else None,
-        norm.weight,
-        norm.bias,
-        None,
-        relu,
-        training=norm.training or norm.running_mean is None,
-        momentum=0.0 if norm.momentum is None and count is None else norm.momentum,
-        eps=norm.eps,
-        num_batches_tracked=count,
-    )[0]
+    options = {
+        "training": norm.training or norm.running_mean is None,
+        "momentum": 0.0 if norm.momentum is None and count is None else norm.momentum,
+        "eps": norm.eps,
+        "num_batches_tracked": count,
+    }
+    mean, var = (norm.running_mean, norm.running_var) if kept else (None, None)
+    return (mean, var, norm.weight, norm.bias), options
 
 
 @dataclass(frozen=True)
@@ -116,11 +143,13 @@ class Code:
         source: Python, with a function `forward`; in it `original` is the class it had.
         names: What it reads besides that and its arguments.
         reads: Attributes that the original forward read: it may do something else when one is set.
+        recomputes: Whether it keeps less, and computes it again in the backward pass.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
     reads: frozenset[str]
+    recomputes: bool
 
 
 class _Block(Protocol):
@@ -155,6 +184,19 @@ def is_fusible(kind: type[nn.Module]) -> bool:
     return (kind.__reduce__, kind.__reduce_ex__) == common and not hasattr(kind, "__deepcopy__")
 
 
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a forward pass keep the way to what it computed, where one is known."""
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        with Recomputing(args):
+            return forward(*args, **kwargs)
+
+    return call
+
+
 @lru_cache(None)
 def fused_class(original: Any, code: Code) -> type[nn.Module]:
     """Make the class of the fused blocks of a class: the same, with another forward."""
@@ -169,7 +211,7 @@ def fused_class(original: Any, code: Code) -> type[nn.Module]:
     body = {
         "original": original,
         "code": code,
-        "forward": forward,
+        "forward": _recomputing(forward) if code.recomputes else forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.declaring import add
 from fastres.following import Arguments, NotFused, graph_of
-from fastres.fused import NORMS, Code, is_bare, is_fusible, join, norm_of, run_branch
+from fastres.fused import NORMS, Code, activated, is_bare, is_fusible, join, norm_of, run_branch
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
 _ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
@@ -28,13 +28,14 @@ def _check(module: nn.Module) -> None:
         raise NotFused("its class has a way of its own to be copied")
 
 
-def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
+def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> tuple[Code, str]:
     """Write the fused forward of a module; return it, and what is fused in it.
 
     Args:
         module: Owns one or more residual adds.
         skips: Of its sites, in the order in which they ran, which operand is the skip; None: told
             from the graph.
+        recompute: Whether what can be computed again is not kept for the backward pass.
 
     Raises:
         NotFused: If there is none, with the reason.
@@ -59,11 +60,13 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None) -> tuple[Code, str]:
     if any(skip != skips[i % len(adds)] for i, skip in enumerate(again)):
         raise NotFused("its skip and its branch change places from call to call")
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
+    _activate(module, graph)
     python = graph.python_code("self")
     known = fx.Graph().python_code("self").globals
     names = {k: v for k, v in python.globals.items() if k not in known}
     names |= {f"default_{name}": default for name, default in arguments.optional}
-    code = Code(arguments.with_options(python.src), tuple(names.items()), reads)
+    source = arguments.with_options(python.src)
+    code = Code(source, tuple(names.items()), reads, recompute)
     return code, ", ".join(what)
 
 
@@ -125,6 +128,23 @@ def _fuse(module: nn.Module, graph: fx.Graph, total: fx.Node, side: int) -> str:
         graph.erase_node(total)
     parts = ["batch norm"] * norm + ["add"] + ["ReLU"] * (relu is not None)
     return " + ".join(parts)
+
+
+def _activate(module: nn.Module, graph: fx.Graph) -> None:
+    """Rewrite each batch norm within a branch, and the ReLU after it, as one call."""
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        relu = _relu(module, node)
+        if relu is None or not is_bare(module.get_submodule(str(node.target)), *NORMS):
+            continue
+        with graph.inserting_before(relu):
+            given: list[Any] = [graph.get_attr(str(node.target)), node.args[0]]
+            if relu.op == "call_module":
+                given.append(graph.get_attr(str(relu.target)))
+            relu.replace_all_uses_with(graph.call_function(activated, tuple(given)))
+        graph.erase_node(relu)
+        graph.erase_node(node)
 
 
 def _norm(module: nn.Module, branch: fx.Node) -> bool:

@@ -114,13 +114,14 @@ class TestBatchNormResidual(OpContract):
                 for relu in (False, True):
                     args = (x, f, weight, bias, *statistics, gate, 1e-5, relu, relu)
                     yield ops._batch_norm_residual.default, args
+                    yield ops._batch_norm_residual.default, (None, *args[1:])
                 *_, lost, mask = ops._batch_norm_residual(*args)
                 lost = lost if statistics[0] is None else None
                 for wanted in (False, True):
                     args = (x, mask, f, weight, bias, mean, var, lost, gate, 1e-5)
                     yield (
                         ops._batch_norm_residual_backward.default,
-                        (*args, statistics[0] is None, wanted, wanted),
+                        (*args, statistics[0] is None, wanted, not wanted, wanted),
                     )
 
 

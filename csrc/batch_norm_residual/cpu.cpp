@@ -24,7 +24,7 @@ void moments_of(const Args& a, const Run& run, const void* table, double* slot) 
                       });
 }
 
-template <class T, bool kPixels, bool kRelu>
+template <class T, bool kPixels, bool kRelu, bool kSkip>
 Sums<double> forward_run(const Args& a, const Run& run, const void* table) {
   using A = typename Stored<T>::A;
   const int64_t at = run.at(a.shape);
@@ -38,9 +38,13 @@ Sums<double> forward_run(const Args& a, const Run& run, const void* table) {
       [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[3], Sums<Tile<A>>& sums)
           __attribute__((always_inline)) {
             const Norm<Tile<A>> norm{c[kMean], c[kScale], c[kBias]};
-            const Tile<A> skip = load(x + i, n), p = first(n, gate * norm(load(f + i, n)));
-            sums.add(skip, p);
-            Tile<A> sum = skip + p;
+            const Tile<A> p = first(n, gate * norm(load(f + i, n)));
+            Tile<A> sum = p;
+            if constexpr (kSkip) {
+              const Tile<A> skip = load(x + i, n);
+              sums.add(skip, p);
+              sum = skip + p;
+            }
             if constexpr (kRelu) {
               const uint16_t bits = positive_bits(sum) & ((1u << n) - 1);
               sum = select(bits, sum);
@@ -189,7 +193,11 @@ void fill_table(const Args& a, const double* slots, void* table) {
 void forward(const Args& a, const void* table, Sums<double>* partial, int64_t begin, int64_t end) {
   visit(a.dtype, a.shape, [&](auto t, auto pixels) {
     using T = decltype(t);
-    const auto one = a.relu ? forward_run<T, pixels, true> : forward_run<T, pixels, false>;
+    const auto with =
+        a.relu ? forward_run<T, pixels, true, true> : forward_run<T, pixels, false, true>;
+    const auto without =
+        a.relu ? forward_run<T, pixels, true, false> : forward_run<T, pixels, false, false>;
+    const auto one = a.x ? with : without;
     for_each_run(a.shape, begin, end, [&](const Run& run) {
       const Sums<double> sums = one(a, run, table);
       if (partial) partial[run.task] = sums;

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
           const int64_t i = line * length + pos;
           const A gate = number<A>(a.gate, row * a.gate_stride, 1);
           const A p = gpu::product(gate, norm_of(table, s.channels, c)(read<T>(a.f, i)));
-          const A skip = read<T>(a.x, i), sum = skip + p;
-          total.add(skip, p);
+          const A skip = a.x ? read<T>(a.x, i) : A(0), sum = skip + p;
+          if (a.x) total.add(skip, p);
           const bool pass = !(kRelu && sum <= 0);  // NaN passes
           bits = unsigned(pass) << pos % 8;
           static_cast<T*>(a.y)[i] = gpu::narrow<T>(pass ? sum : A(0));

@@ -31,7 +31,7 @@ struct Shape {
 };
 
 struct Args {
-  const void* x;       // [rows, cols]
+  const void* x;       // [rows, cols]; null: 0, and there are no sums
   const void* f;       // [rows, cols]
   const void* weight;  // [C], accumulate type; null: 1
   const void* bias;    // [C], accumulate type; null: 0
@@ -40,7 +40,7 @@ struct Args {
   void* sums;          // [3, rows], accumulate type
   void* mean;          // [C], accumulate type; of the batch in training, else given
   void* var;           // [C], accumulate type; biased; of the batch in training, else given
-  void* lost;          // [C], accumulate type; what rounding took of the batch's mean; else null
+  void* lost;          // [C], accumulate type; what rounding took of mean; likewise, null: 0
   uint8_t* mask;       // [rows, lines, ceil(length / 8)], bit c % 8 of byte c / 8; null: not wanted
   int64_t gate_stride;  // 0: one for all rows
   Shape shape;

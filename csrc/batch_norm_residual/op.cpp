@@ -102,48 +102,53 @@ int64_t gate_stride(const OptionalTensor& gate, const Tensor& f) {
 // y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
 // wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& f, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& gate, double eps,
-    bool relu, bool masked) {
-  const Dtype dtype = dtype_of(kName, "x", x);
-  STD_TORCH_CHECK(x.dim() >= 2, kName, ": x must have 2 or more dimensions, got ", x.dim());
-  check_like(kName, "f", f, x);
+    const OptionalTensor& x, const Tensor& f, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
+    const OptionalTensor& gate, double eps, bool relu, bool masked, const OptionalTensor& lost) {
+  const Dtype dtype = dtype_of(kName, "f", f);
+  STD_TORCH_CHECK(f.dim() >= 2, kName, ": f must have 2 or more dimensions, got ", f.dim());
+  if (x) check_like(kName, "x", *x, f);
   STD_TORCH_CHECK(bool(mean) == bool(var), kName, ": mean and var must be given both or none");
   const OptionalTensor weights = dense(weight), biases = dense(bias);
-  const OptionalTensor means = dense(mean), vars = dense(var);
+  const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
   check_channels("weight", weights, f);
   check_channels("bias", biases, f);
   check_channels("mean", means, f);
   check_channels("var", vars, f);
+  check_channels("lost", losts, f);
   const bool training = !mean;
-  Tensor y = on_large_pages(output_of(x, f));
-  const Tensor skip = in_layout(x, y), branch = in_layout(f, y);
+  Tensor y = on_large_pages(output_of(x ? *x : f, f));
+  const OptionalTensor skip = in_layout(x, y);
+  const Tensor branch = in_layout(f, y);
   const Shape shape = shape_of(y);
   const ScalarType wide = accumulate_type(dtype);
-  Tensor sums = uninitialized(x, {3, x.size(0)}, wide);
-  Tensor batch_mean = uninitialized(x, {training ? f.size(1) : 0}, wide);
-  Tensor batch_var = uninitialized(x, {training ? f.size(1) : 0}, wide);
-  Tensor lost = uninitialized(x, {training ? f.size(1) : 0}, wide);
+  Tensor sums = uninitialized(f, {3, f.size(0)}, wide);
+  Tensor batch_mean = uninitialized(f, {training ? f.size(1) : 0}, wide);
+  Tensor batch_var = uninitialized(f, {training ? f.size(1) : 0}, wide);
+  Tensor batch_lost = uninitialized(f, {training ? f.size(1) : 0}, wide);
   Tensor mask =
-      uninitialized(x, {masked ? x.size(0) : 0, masked ? shape.mask_cols() : 0}, ScalarType::Byte);
+      uninitialized(f, {masked ? f.size(0) : 0, masked ? shape.mask_cols() : 0}, ScalarType::Byte);
   launch(
-      Args{skip.const_data_ptr(), branch.const_data_ptr(), data_or_null(weights),
-           data_or_null(biases), data_or_null(gate), y.mutable_data_ptr(), sums.mutable_data_ptr(),
+      Args{data_or_null(skip), branch.const_data_ptr(), data_or_null(weights), data_or_null(biases),
+           data_or_null(gate), y.mutable_data_ptr(), sums.mutable_data_ptr(),
            training ? batch_mean.mutable_data_ptr() : const_cast<void*>(data_or_null(means)),
            training ? batch_var.mutable_data_ptr() : const_cast<void*>(data_or_null(vars)),
-           training ? lost.mutable_data_ptr() : nullptr,
+           training ? batch_lost.mutable_data_ptr() : const_cast<void*>(data_or_null(losts)),
            masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, gate_stride(gate, f),
            shape, eps, dtype, relu, training},
-      x);
-  return {y, sums, batch_mean, batch_var, lost, mask};
+      f);
+  return {y, sums, batch_mean, batch_var, batch_lost, mask};
 }
 
-// gx is empty where it equals gy; gaffine [2, C] and ggate [B] where they are not wanted. gy has
-// the layout of y, in whose memory order the mask is.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& gy, const OptionalTensor& mask, const Tensor& f, const OptionalTensor& weight,
-    const OptionalTensor& bias, const Tensor& mean, const Tensor& var, const OptionalTensor& lost,
-    const OptionalTensor& gate, double eps, bool training, bool affine_grad, bool gate_grad) {
+// gx is empty where it equals gy; all but gf where they are not wanted. gaffine is [2, C], ggate
+// [B]. gy has the layout of y, in whose memory order the mask is.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask,
+                                                    const Tensor& f, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& mean,
+                                                    const Tensor& var, const OptionalTensor& lost,
+                                                    const OptionalTensor& gate, double eps,
+                                                    bool training, bool skip_grad, bool affine_grad,
+                                                    bool gate_grad) {
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(gy.dim() >= 2 && has_lines(gy), kName, ": gy must have the layout of y");
   check_like(kName, "f", f, gy);
@@ -160,8 +165,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     check_small(kName, "mask", *bits, {gy.size(0), shape.mask_cols()}, ScalarType::Byte, gy);
   const Tensor branch = in_layout(f, gy);
   const ScalarType wide = accumulate_type(dtype);
+  const bool writes_gx = mask && skip_grad;
   Tensor gx =
-      mask ? on_large_pages(uninitialized_like(gy)) : uninitialized(gy, {0}, gy.scalar_type());
+      writes_gx ? on_large_pages(uninitialized_like(gy)) : uninitialized(gy, {0}, gy.scalar_type());
   Tensor gf = on_large_pages(uninitialized_like(gy));
   Tensor gaffine = uninitialized(gy, {affine_grad ? 2 : 0, affine_grad ? gy.size(1) : 0}, wide);
   Tensor ggate = uninitialized(gy, {gate_grad ? gy.size(0) : 0}, wide);
@@ -169,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                       data_or_null(biases), data_or_null(gate), data_or_null(means),
                       data_or_null(vars), data_or_null(losts),
                       static_cast<const uint8_t*>(data_or_null(bits)),
-                      mask ? gx.mutable_data_ptr() : nullptr, gf.mutable_data_ptr(),
+                      writes_gx ? gx.mutable_data_ptr() : nullptr, gf.mutable_data_ptr(),
                       affine_grad ? gaffine.mutable_data_ptr() : nullptr,
                       gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy), shape,
                       eps, dtype, training},
@@ -242,13 +248,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
-      "_batch_norm_residual(Tensor x, Tensor f, Tensor? weight, Tensor? bias, Tensor? mean, "
-      "Tensor? var, Tensor? gate, float eps, bool relu, bool masked)"
+      "_batch_norm_residual(Tensor? x, Tensor f, Tensor? weight, Tensor? bias, Tensor? mean, "
+      "Tensor? var, Tensor? gate, float eps, bool relu, bool masked, Tensor? lost=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_batch_norm_residual_backward(Tensor gy, Tensor? mask, Tensor f, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor var, Tensor? lost, Tensor? gate, float eps, "
-      "bool training, bool affine_grad, bool gate_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool training, bool skip_grad, bool affine_grad, bool gate_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif

@@ -95,7 +95,7 @@ def batch_norm_residual(
     except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         pass  # what the kernel refused is cast below, or named
     _check(*given, **options)
-    return _run(None, *given, **options)
+    return run(None, *given, **options)
 
 
 def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor, Stats]:
@@ -103,12 +103,12 @@ def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor
 
     `add` joins the branch to its stream, so that the add can be watched.
     """
-    return _run(add, *given, **options)
+    return run(add, *given, **options)
 
 
-def _run(
+def run(
     plain: Add | None,
-    x: Tensor,
+    x: Tensor | None,
     f: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -122,15 +122,18 @@ def _run(
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Run the kernel, or the composition with a plain add, and move the running statistics."""
-    dtype = torch.promote_types(x.dtype, f.dtype)
+    """Run the kernel, or the composition with a plain add, and move the running statistics.
+
+    Without a skip it is 0.
+    """
+    dtype = f.dtype if x is None else torch.promote_types(x.dtype, f.dtype)
     wide = accumulate(dtype)
     if gate is not None:
-        gate = torch.as_tensor(gate, dtype=wide, device=x.device).expand(x.size(0))
+        gate = torch.as_tensor(gate, dtype=wide, device=f.device).expand(f.size(0))
     statistics = (None, None) if training else (running_mean, running_var)
     small = [t if t is None or t.dtype is wide else t.to(wide) for t in (weight, bias, *statistics)]
-    given: tuple[Any, ...] = (x.to(dtype), f.to(dtype), *small, gate)
-    if plain or FORWARD is None or not native.runs_on(x) or _is_composed():
+    given: tuple[Any, ...] = (None if x is None else x.to(dtype), f.to(dtype), *small, gate)
+    if plain or FORWARD is None or not native.runs_on(f) or _is_composed():
         y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
         y, sums, mean, var, *_ = FORWARD(*given, eps, relu, False)
@@ -139,7 +142,7 @@ def _run(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if training and running_mean is not None and running_var is not None:
-        count = x.numel() // max(x.size(1), 1)
+        count = f.numel() // max(f.size(1), 1)
         if momentum is None and num_batches_tracked is not None:
             momentum = 1 / float(num_batches_tracked)
         if count and momentum is not None:

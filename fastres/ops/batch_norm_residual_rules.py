@@ -17,6 +17,7 @@ from fastres.ops.layout import (
     per_sample,
     unpack_bits,
 )
+from fastres.ops.recomputing import Way, is_free
 from fastres.ops.stats import sums_of
 
 FORWARD: Final = native.raw("_batch_norm_residual")
@@ -60,7 +61,7 @@ def perturbation(
 
 
 def composed(
-    x: Tensor,
+    x: Tensor | None,
     f: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -72,20 +73,24 @@ def composed(
     add: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute y, sums, mean and variance in plain PyTorch; the last two of f if none are given."""
-    skip, branch = x.to(accumulate(x.dtype)), f.to(accumulate(f.dtype))
+    branch = f.to(accumulate(f.dtype))
+    skip = torch.zeros_like(branch) if x is None else x.to(branch.dtype)
     if mean is None or var is None:
         mean, var = moments(branch)
     p = perturbation(branch, weight, bias, mean, var, gate, eps)
-    y = add(skip, p).to(x.dtype)
+    y = (p if x is None else add(skip, p)).to(f.dtype)
     return (y.relu() if relu else y), sums_of(skip.detach(), p.detach()), mean, var
 
 
 class BatchNormResidual(torch.autograd.Function):
-    """The gradient of batch_norm_residual. It keeps f, and of the ReLU one bit per element."""
+    """The gradient of batch_norm_residual. It keeps f, and of the ReLU one bit per element.
+
+    y can be computed again where there is no skip, and where the skip is kept anyway.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor,
+        x: Tensor | None,
         f: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -101,13 +106,16 @@ class BatchNormResidual(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the derivatives need, and nothing else."""
-        _, f, weight, bias, mean, var, gate, ctx.eps, ctx.relu = inputs
+        x, f, weight, bias, mean, var, gate, ctx.eps, relu = inputs
         y, sums, batch_mean, batch_var, lost, mask = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sums, batch_mean, batch_var, lost, mask)
         ctx.training, ctx.strides = mean is None, y.stride()
         statistics = (batch_mean, batch_var, lost) if mean is None else (mean, var, None)
-        ctx.save_for_backward(mask if ctx.relu else None, f, weight, bias, gate, *statistics)
+        recomputes = not torch.compiler.is_compiling() and is_free(x)
+        kept = (mask if relu else None, x if recomputes else None, f, weight, bias, gate)
+        ctx.save_for_backward(*kept, *statistics)
+        ctx.way = Way(_recomputed, (*kept, *statistics)) if recomputes else None
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -118,16 +126,17 @@ class BatchNormResidual(torch.autograd.Function):
             torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         ):
             gx, gf, gweight, gbias, ggate = _composed_backward(ctx, gy)
+            gx = gx if ctx.needs_input_grad[0] else None
             return gx, gf, gweight, gbias, None, None, ggate, None, None
-        mask, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
-        affine, gated = any(ctx.needs_input_grad[2:4]), ctx.needs_input_grad[6]
+        mask, _, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
+        skip, gated = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
         gy = in_layout(gy, ctx.strides)
         gx, gf, gaffine, ggate = BACKWARD(
             *(gy, mask, f, weight, bias, mean, var, lost, gate),
-            *(ctx.eps, ctx.training, affine, gated),
+            *(ctx.eps, ctx.training, skip, any(ctx.needs_input_grad[2:4]), gated),
         )
         return (
-            gx if ctx.relu else gy,
+            (gy if mask is None else gx) if skip else None,
             gf,
             gaffine[0] if ctx.needs_input_grad[2] else None,
             gaffine[1] if ctx.needs_input_grad[3] else None,
@@ -139,9 +148,17 @@ class BatchNormResidual(torch.autograd.Function):
         )
 
 
+def _recomputed(ctx: Any, kept: tuple[Tensor | None, ...]) -> Tensor:
+    """Return y again."""
+    _, x, f, weight, bias, gate, mean, var, lost = kept
+    given = (x, f, weight, bias, mean, var, gate, ctx.eps, kept[0] is not None, False)
+    y: Tensor = FORWARD(*given, lost)[0]
+    return y
+
+
 def _composed_backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the plain composition, so that the gradients can be differentiated again."""
-    mask, f, weight, bias, gate, mean, var, _ = ctx.saved_tensors
+    mask, _, f, weight, bias, gate, mean, var, _ = ctx.saved_tensors
     dtype, wide = gy.dtype, accumulate(gy.dtype)
     g = gy
     if mask is not None:
@@ -168,7 +185,7 @@ def _composed_backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _fake(
-    x: Tensor,
+    x: Tensor | None,
     f: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -178,18 +195,19 @@ def _fake(
     eps: float,
     relu: bool,
     masked: bool,
+    lost: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs in the right shape, dtype and layout, without values."""
-    wide = accumulate(x.dtype)
-    y = empty_with_lines(x, f)
+    wide = accumulate(f.dtype)
+    y = empty_with_lines(f if x is None else x, f)
     lines, length = lines_of(y, y.stride())
-    count = x.size(1) if mean is None else 0
-    size = (x.size(0), lines * ((length + 7) // 8)) if masked else (0, 0)
+    count = f.size(1) if mean is None else 0
+    size = (f.size(0), lines * ((length + 7) // 8)) if masked else (0, 0)
     return (
         y,
-        x.new_empty((3, x.size(0)), dtype=wide),
-        *(x.new_empty(count, dtype=wide) for _ in range(3)),
-        x.new_empty(size, dtype=torch.uint8),
+        f.new_empty((3, f.size(0)), dtype=wide),
+        *(f.new_empty(count, dtype=wide) for _ in range(3)),
+        f.new_empty(size, dtype=torch.uint8),
     )
 
 
@@ -205,12 +223,13 @@ def _fake_backward(
     gate: Tensor | None,
     eps: float,
     training: bool,
+    skip_grad: bool,
     affine_grad: bool,
     gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = accumulate(gy.dtype)
     return (
-        torch.empty_like(gy) if mask is not None else gy.new_empty(0),
+        torch.empty_like(gy) if mask is not None and skip_grad else gy.new_empty(0),
         torch.empty_like(gy),
         gy.new_empty((2, gy.size(1)) if affine_grad else (0, 0), dtype=wide),
         gy.new_empty(gy.size(0) if gate_grad else 0, dtype=wide),

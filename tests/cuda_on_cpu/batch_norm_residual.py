@@ -75,7 +75,8 @@ class Runner(ResidualAddRunner):
         lost = np.full_like(mean, np.nan if case.training else 0)
         mask = np.full((*x.shape[:2], (x.shape[2] + 7) // 8), 0xAA, np.uint8)
         self.call(self.library.forward, Args(
-            *map(address, (x, f, given.weight, given.bias, given.gate, y, sums, mean, var, lost)),
+            address(x) if case.skip else None,
+            *map(address, (f, given.weight, given.bias, given.gate, y, sums, mean, var, lost)),
             address(mask) if case.relu else None, case.gate == "rows", shape_of(case), EPS,
             case.index, case.relu, case.training, None))  # fmt: skip
         want = laid_out(case, exact["y"])
@@ -103,7 +104,8 @@ class Runner(ResidualAddRunner):
             gy[~keep] = element.narrow(np.array([np.nan]))[0]  # a masked cotangent is 0
         exact = exact_backward(case, given, keep.swapaxes(1, 2) if case.pixels else keep,
                                exact_forward(case, given))  # fmt: skip
-        gf, gx = element.empty(gy.shape), element.empty(gy.shape) if case.relu else None
+        gf = element.empty(gy.shape)
+        gx = element.empty(gy.shape) if case.relu and case.skip else None
         gaffine = np.full((2, case.channels), np.nan, element.wide) if case.wants_affine else None
         ggate = np.full(case.rows, np.nan, element.wide) if case.wants_gate else None
         self.call(self.library.backward, BackwardArgs(

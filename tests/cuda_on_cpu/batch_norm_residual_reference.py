@@ -25,6 +25,7 @@ class Case:
     places: int
     pixels: bool
     gate: str  # "none", "scalar", "rows"
+    skip: bool
     affine: bool
     relu: bool
     training: bool
@@ -39,13 +40,16 @@ def cases(seed: int = 0) -> Iterator[Case]:
         for rows, channels, places in SHAPES:
             for pixels in (False, True):
                 gate = rng.choice(["none", "scalar", "rows"])
-                flags = (bool(flag) for flag in rng.random(5) < 0.5)
+                flags = (bool(flag) for flag in rng.random(6) < 0.5)
                 yield Case(index, rows, channels, places, pixels, str(gate), *flags)
 
 
 @dataclass
 class Inputs:
-    """What a case is run on; x, f and gy are [rows, C, S] stored elements, however they lie."""
+    """What a case is run on; x, f and gy are [rows, C, S] stored elements, however they lie.
+
+    Without a skip x is 0.
+    """
 
     x: Array
     f: Array
@@ -63,6 +67,8 @@ def inputs_of(case: Case) -> Inputs:
     element, shape = ELEMENTS[case.index], (case.rows, case.channels, case.places)
     wide: Any = element.wide
     x, f, gy = (element.narrow(rng.standard_normal(shape).astype(wide)) for _ in range(3))
+    if not case.skip:
+        x = np.zeros_like(x)
     if (
         case.pixels and element.name == "float32"
     ):  # far from 0, where rounding takes much of the mean
@@ -94,6 +100,7 @@ def exact_forward(case: Case, given: Inputs) -> dict[str, Array]:
     gate = np.ones(1) if given.gate is None else given.gate.astype(np.float64)
     p = gate[:, None, None] * n
     sums = np.stack([(x * x).sum((1, 2)), (p * p).sum((1, 2)), (x * p).sum((1, 2))])
+    sums *= case.skip
     scale = np.stack([sums[0], sums[1], np.abs(x * p).sum((1, 2))])
     return {"y": x + p, "p": p, "sums": sums, "scale": scale, "mean": mean, "var": var,
             "root": root, "center": center, "n": n, "gate": gate[:, None, None]}  # fmt: skip
