@@ -43,7 +43,7 @@ PARTS: dict[str, tuple[list[str], dict[str, str]]] = {
 
 
 def counted(suite: ET.Element) -> dict[str, int]:
-    """Sum up what tests that passed have counted: their own properties, and the calls of hypothesis."""
+    """Sum up what tests that passed have counted: own properties, and calls of hypothesis."""
     counts: Counter[str] = Counter()
     for case in suite.findall("testcase"):
         if case.find("failure") is None:
