@@ -145,6 +145,8 @@ def test_kernels_stay_within_their_memory(op: str, record_property) -> None:
         (8, "part_of_a_warp: .*multiply_add: needs a whole warp"),
         (9, "not_shared: .*load_matrices: address not in shared memory"),
         (10, "too_much_shared: invalid launch configuration"),
+        (11, "unwritten: wrong sum"),
+        (12, "wrong_lane: wrong product"),
     ],
 )
 def test_the_fibers_find_the_fault(which: int, found: str, seed: int, record_property) -> None:
@@ -154,6 +156,21 @@ def test_the_fibers_find_the_fault(which: int, found: str, seed: int, record_pro
     assert error is not None
     assert re.search(found, error.decode())
     record_property("planted faults found", int(seed == 0))
+
+
+@needs_fibers
+def test_one_element_too_many_is_found_by_the_sanitizer(record_property) -> None:
+    if build.sanitizer() is None:
+        pytest.skip(f"{build.COMPILER} has no libasan.so")
+    library = build.library([build.HERE / "faults.cpp"], [*build.SANITIZE, *build.OWN_TYPES])
+    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).fault(13, ctypes.c_uint64(0))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library)],
+        env=build.sanitizer_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"heap-buffer-overflow[\s\S]*WRITE of size 4[\s\S]*tail_kernel", done.stderr)
+    record_property("planted faults found", 1)
 
 
 @needs_fibers

@@ -50,6 +50,31 @@ __global__ void not_shared_kernel(const float* in) {
   fastres::gpu::load_matrices<false>(r, in);
 }
 
+// Sums 64 ones, of which the last was not written: it is poison, and not what was there before.
+__global__ void unwritten_kernel(float* sum) {
+  SHARED_ARRAY(float, all, [64]);
+  if (threadIdx.x != 63) all[threadIdx.x] = 1;
+  __syncthreads();
+  *sum += all[threadIdx.x];
+}
+
+// D = A B of A[i, k] = i and B[k, j] = j where k is 0, else 0, so D[i, j] = i j. With the fault each
+// lane brings the element of B that another lane should.
+template <bool kWrong> __global__ void fragment_kernel(float* error) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4;
+  const uint32_t low = cuda_on_cpu::bits_of(row), high = cuda_on_cpu::bits_of(row + 8);
+  const uint32_t a[4] = {low, high, low, high};
+  const int k = kWrong ? row : column, j = kWrong ? column : row;
+  float d[4] = {};
+  fastres::gpu::multiply_add<float>(d, a, cuda_on_cpu::bits_of(k == 0 ? j : 0), 0);
+  for (int i = 0; i < 4; ++i) *error += std::abs(d[i] - (row + 8 * (i / 2)) * (2 * column + i % 2));
+}
+
+// Writes one element more than there are.
+__global__ void tail_kernel(float* out, unsigned count) {
+  if (threadIdx.x <= count) out[threadIdx.x] = 1;
+}
+
 }  // namespace
 
 // Runs fault number `which`; returns what was found, or null.
@@ -78,6 +103,20 @@ extern "C" const char* fault(int which, uint64_t seed) {
     if (which == 10)
       fastres::gpu::launch_with_shared("too_much_shared", part_of_a_warp_kernel, allowed, dim3(1),
                                        32, cuda_on_cpu::options.shared_bytes + 1, nullptr);
+    if (which == 11) {
+      launch("unwritten", unwritten_kernel, dim3(1), 64, nullptr, data);
+      if (!(data[0] == 64)) throw std::runtime_error("unwritten: wrong sum");
+    }
+    if (which == 12) {
+      launch("fragment", fragment_kernel<false>, dim3(1), 32, nullptr, data);
+      if (data[0] != 0) throw std::runtime_error("fragment: wrong without the fault");
+      launch("fragment", fragment_kernel<true>, dim3(1), 32, nullptr, data);
+      if (data[0] != 0) throw std::runtime_error("wrong_lane: wrong product");
+    }
+    if (which == 13) {
+      std::vector<float> out(17);
+      launch("tail", tail_kernel, dim3(1), 32, nullptr, out.data(), unsigned(out.size()));
+    }
 #if defined(FLOAT_ATOMIC)
     atomicAdd(data, 1.0f);
 #endif
