@@ -50,7 +50,7 @@ def _versions(found: dict[str, Any] | None) -> str:
         return ""
     lines = ["", "| Python | torch | library | built with | tests |", "|---|---|---|---|---|"]
     for entry in found["entries"]:
-        result = entry.get("error", "").splitlines()[:1]
+        result = entry.get("error", "").splitlines()[-1:]
         tests = f"**{result[0][:80]}**" if result else f"{entry['passed']} passed"
         tests += f", **{entry['failed']} failed**" if entry.get("failed") else ""
         cells = (entry["python"], entry["torch"], entry["library"], entry.get("built_with", ""))

@@ -94,7 +94,7 @@ def run_versions(pythons: list[str]) -> dict[str, Any]:
         command = [sys.executable, "tools/versions.py", "--out", str(report), *pythons]
         code = subprocess.run(command, cwd=ROOT).returncode
         entries = json.loads(report.read_text()) if report.exists() else []
-    wrong = [f"{e['python']}, {e['torch']}" for e in entries if "error" in e or e["failed"]]
+    wrong = [f"{e['python']} {e['torch']}".strip() for e in entries if "error" in e or e["failed"]]
     if code and not wrong:
         wrong = ["tools/versions.py"]
     counts = {

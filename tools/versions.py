@@ -1,11 +1,11 @@
 """versions: a wheel per Python, installed where there is no compiler, tested under each torch.
 
-    python tools/versions.py --out FILE PYTHON...
+    python tools/versions.py --out FILE [--wheel WHEEL]... PYTHON...
 
 Each PYTHON is that of an environment with torch 2.11 or later, the tests' packages and, in the
 first one of its version, setuptools and ninja. None of them is changed: a wheel is installed into
-an empty environment of its own, which sees the other one's packages. FILE gets a JSON list, one
-entry for each PYTHON.
+an empty environment of its own, which sees the other one's packages. A WHEEL that is given is taken
+for its Python, and none is built. FILE gets a JSON list, one entry for each PYTHON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def build(python: str, folder: Path) -> Path:
 def digest(wheel: Path) -> str:
     """Hash the library in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.startswith("fastres/_C."))
+        (name,) = (n for n in archive.namelist() if re.fullmatch(r"fastres/_C\..*\.so", n))
         return hashlib.sha256(archive.read(name)).hexdigest()[:16]
 
 
@@ -115,21 +116,25 @@ def test(python: str, folder: Path) -> dict[str, int]:
     }
 
 
-def entry(python: str, facts: dict[str, str], wheel: Path, folder: Path) -> dict[str, Any]:
-    """Install, use and test one wheel in one environment."""
+def entry(python: str, wheels: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """Install, use and test the wheel for an environment, built if it is not among those."""
     began = time.monotonic()
-    found: dict[str, Any] = {key: facts[key] for key in ("python", "torch", "numpy")}
-    found["library"] = digest(wheel)
+    found: dict[str, Any] = {"python": python, "torch": "", "numpy": "", "library": ""}
     try:
-        own = install(python, facts["packages"], wheel, folder / "env")
+        facts = json.loads(output(python, "-c", FACTS))
+        found |= {key: facts[key] for key in ("python", "torch", "numpy")}
+        version = facts["python"].rpartition(".")[0]
+        if version not in wheels:
+            wheels[version] = build(python, folder / "wheel")
+        found["library"] = digest(wheels[version])
+        own = install(python, facts["packages"], wheels[version], folder / "env")
         used = json.loads(output(own, "-c", USE, env=without_compilers()))
         if not used["package"].startswith(str(folder)):
             raise RuntimeError(f"fastres must come from the wheel, got {used['package']}")
         found |= {"built_with": used["built_with"], "installed": True, **test(own, folder)}
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         found |= {"error": str(error)}
-    found["seconds"] = round(time.monotonic() - began)
-    return found
+    return found | {"seconds": round(time.monotonic() - began)}
 
 
 def main() -> int:
@@ -137,17 +142,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pythons", nargs="+", metavar="PYTHON")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the outcome")
+    parser.add_argument("--wheel", type=Path, action="append", default=[])
     given = parser.parse_args()
-    wheels: dict[str, Path] = {}
+    wheels = {re.sub(r".*-cp(\d)(\d+)-.*", r"\1.\2", w.name): w.resolve() for w in given.wheel}
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for number, python in enumerate(given.pythons):
-            facts = json.loads(output(python, "-c", FACTS))
-            version = facts["python"].rpartition(".")[0]
-            folder = Path(name, str(number))
-            if version not in wheels:
-                wheels[version] = build(python, Path(name, f"wheel-{version}"))
-            found.append(entry(python, facts, wheels[version], folder))
+            found.append(entry(python, wheels, Path(name, str(number))))
             print(json.dumps(found[-1]), flush=True)
             given.out.write_text(json.dumps(found, indent=1) + "\n")
     return int(any("error" in one or one["failed"] for one in found))
