@@ -132,6 +132,8 @@ def _weights(block: nn.Module, activation: str, x: Tensor) -> Weights | None:
     if any(t is None or t.dtype != x.dtype or t.device != x.device for t in found):
         return None
     fits = first.weight.shape == last.weight.shape[::-1] and first.in_features == x.size(-1)
+    # Below, the copies of the weights would take more memory than the blocks keep.
+    fits = fits and x.numel() // x.size(-1) >= 2 * max(first.weight.shape)
     return cast("Weights", found) if fits else None
 
 

@@ -44,7 +44,7 @@ def twins(kind, hidden=(6, 6, 6, 9, 9)):
     blocks = nn.Sequential(*(kind(5, size) for size in hidden))
     plain = nn.Sequential(nn.Linear(3, 5), blocks, nn.Linear(5, 2))
     fused = copy.deepcopy(plain)
-    report = fastres.fuse(fused, torch.randn(4, 3))
+    report = fastres.fuse(fused, torch.randn(20, 3))
     assert list(report.fused.values()) == ["add"] * len(hidden)
     assert report.verified
     return plain, fused
@@ -64,7 +64,7 @@ kinds = pytest.mark.parametrize("kind", [Written, Listed], ids=lambda kind: kind
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(7, 3), (2, 4, 3)])
+@pytest.mark.parametrize("shape", [(20, 3), (5, 4, 3)])
 def test_blocks_of_one_shape_are_one_call_with_the_gradients_of_the_blocks(kind, shape, calls):
     plain, fused = (model.double() for model in twins(kind))
     calls.clear()
@@ -82,7 +82,7 @@ def test_a_block_with_a_hook_runs_by_itself(kind, calls):
     calls.clear()
     seen = []
     fused[1][2].register_forward_hook(lambda *_: seen.append(0))
-    x = torch.randn(4, 3)
+    x = torch.randn(20, 3)
     torch.testing.assert_close(fused(x), plain(x))
     assert (calls, seen) == ([2, 3], [0])
 
@@ -91,7 +91,7 @@ def test_a_block_with_a_hook_runs_by_itself(kind, calls):
 def test_policies_see_the_sites_of_the_blocks(kind, calls):
     plain, fused = twins(kind)
     calls.clear()
-    x = torch.randn(4, 3)
+    x = torch.randn(20, 3)
     assert fastres.trace(fused, x) == fastres.trace(plain, x)
     with fastres.record(plain) as expected, fastres.record(fused) as tape:
         for _ in range(2):
@@ -107,7 +107,7 @@ def test_policies_see_the_sites_of_the_blocks(kind, calls):
 def test_mixed_precision_and_layers_exchanged_go_the_way_of_the_blocks(calls):
     plain, fused = twins(Written)
     calls.clear()
-    x = torch.randn(4, 3)
+    x = torch.randn(20, 3)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(fused(x), plain(x))
     for model in (plain, fused):
@@ -117,9 +117,17 @@ def test_mixed_precision_and_layers_exchanged_go_the_way_of_the_blocks(calls):
     assert calls == [2]
 
 
+def test_of_few_rows_the_weights_are_not_copied(calls):
+    plain, fused = twins(Written)
+    calls.clear()
+    x = torch.randn(12, 3)  # twice the 6 features inside the first blocks, not the 9 of the others
+    torch.testing.assert_close(fused(x), plain(x))
+    assert calls == [3]
+
+
 def test_copies_are_stacked_too_and_restore_gives_all_back():
     plain, fused = twins(Listed)
-    x = torch.randn(4, 3)
+    x = torch.randn(20, 3)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert torch.equal(other(x), fused(x))
         assert type(other[1]) is type(fused[1]) is not nn.Sequential
