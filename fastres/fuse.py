@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastres.following import NotFused
-from fastres.fused import Fused, fused_class, norm_of
+from fastres.fused import SEQUENCE, Fused, fused_class, norm_of
 from fastres.sites import Add, Site, Stack, visit
 from fastres.stretches import rewrite
 from fastres.verifying import Verified
@@ -60,7 +61,8 @@ def fuse(
 
     A block that ends in batch norm + add, with or without a ReLU, or in add + ReLU, gets a forward
     in which that is one call: `batch_norm_residual` or `residual_add`. A plain add is declared, so
-    that policies find it without a search. Within a branch, batch norm + ReLU is one call as well.
+    that policies find it without a search. Within a branch, batch norm + ReLU is one call as well,
+    and blocks of an MLP that follow each other in a Sequential are one `mlp_stack`.
     All else stays as it is: children, Parameters, buffers, hooks, and with them state_dict and
     optimiser, are the very same objects, and a block is still an instance of its class. `record`,
     `gate` and `path_gradients` see the same sites.
@@ -115,6 +117,7 @@ def fuse(
             left[label] = str(error)
         else:
             kinds[module] = fused_class(cast("Any", type(module)), code)
+    kinds |= _sequences(model, kinds)
     verify = bool(kinds) and example is not None and verify is not False
     verified = Verified(model, args, kwargs) if verify else None
     for module, kind in kinds.items():
@@ -124,6 +127,23 @@ def fuse(
         left |= dict.fromkeys(fused, f"fused, {wrong}")
         fused, verified = {}, None
     return Fusion(type(model).__name__, fused, left, verified is not None)
+
+
+def _sequences(
+    model: nn.Module, kinds: Mapping[nn.Module, type[nn.Module]]
+) -> dict[nn.Module, type[nn.Module]]:
+    """Return the Sequentials in which blocks of an MLP follow each other, and their classes."""
+
+    def is_mlp(module: nn.Module) -> bool:
+        return module in kinds and cast("Any", kinds[module]).code.mlp is not None
+
+    return {
+        module: fused_class(nn.Sequential, SEQUENCE)
+        for module in model.modules()
+        if type(module) is nn.Sequential
+        and "forward" not in vars(module)
+        and any(is_mlp(a) and is_mlp(b) for a, b in pairwise(module))
+    }
 
 
 def restore(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from fastres.hooks import Hook, Idle
 from fastres.ops import native
 from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.recomputing import Recomputing
+from fastres.stacking import Mlp, run_sequence
 
 _numbers: Final = count()
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -144,12 +145,21 @@ class Code:
         names: What it reads besides that and its arguments.
         reads: Attributes that the original forward read: it may do something else when one is set.
         recomputes: Whether it keeps less, and computes it again in the backward pass.
+        mlp: What the block is, if it is one of an MLP.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
     reads: frozenset[str]
-    recomputes: bool
+    recomputes: bool = False
+    mlp: Mlp | None = None
+
+
+SEQUENCE: Final = Code(
+    "def forward(self, input):\n    return run_sequence(self, input)\n",
+    (("run_sequence", run_sequence),),
+    frozenset(),
+)
 
 
 class _Block(Protocol):

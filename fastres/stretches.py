@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastres.declaring import add
 from fastres.following import Arguments, NotFused, graph_of
 from fastres.fused import NORMS, Code, activated, is_bare, is_fusible, join, norm_of, run_branch
+from fastres.stacking import mlp_of
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
 _ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
@@ -59,6 +60,7 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     skips, again = skips[: len(adds)], skips[len(adds) :]
     if any(skip != skips[i % len(adds)] for i, skip in enumerate(again)):
         raise NotFused("its skip and its branch change places from call to call")
+    mlp = mlp_of(module, adds[0], skips[0]) if len(adds) == 1 else None
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
     _activate(module, graph)
     python = graph.python_code("self")
@@ -66,7 +68,7 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     names = {k: v for k, v in python.globals.items() if k not in known}
     names |= {f"default_{name}": default for name, default in arguments.optional}
     source = arguments.with_options(python.src)
-    code = Code(source, tuple(names.items()), reads, recompute)
+    code = Code(source, tuple(names.items()), reads, recompute, mlp)
     return code, ", ".join(what)
 
 
