@@ -85,15 +85,17 @@ struct NormAdd {
     std::vector<float> table(kEntries * padded(kCols), 0.5f), mean(kCols);
     const Shape shape{rows, kCols, 1, true};
     const auto dtype = fastres::Dtype::kFloat32;
-    const Args args{x.data(),    f.data(),    nullptr,     nullptr,     nullptr, y.data(),
-                    sums.data(), mean.data(), mean.data(), mask.data(), 0,       shape,
-                    1e-5,        dtype,       true,        false};
+    Args args{};  // by name: they are many
+    args.x = x.data(), args.f = f.data(), args.y = y.data(), args.sums = sums.data();
+    args.mean = args.var = mean.data(), args.mask = mask.data();
+    args.shape = shape, args.eps = 1e-5, args.dtype = dtype, args.relu = true;
     const int64_t tasks = Tasks(shape).count;
     portable::forward(args, table.data(), nullptr, tasks - 1, tasks);
-    portable::backward(
-        {x.data(), f.data(), nullptr, nullptr, nullptr, mean.data(), mean.data(), mask.data(),
-         nullptr, gf.data(), nullptr, nullptr, 0, shape, 1e-5, dtype, true},
-        table.data(), tasks - 1, tasks);
+    BackwardArgs down{};
+    down.gy = x.data(), down.f = f.data(), down.mean = down.var = mean.data();
+    down.mask = mask.data(), down.gf = gf.data();
+    down.shape = shape, down.eps = 1e-5, down.dtype = dtype, down.training = true;
+    portable::backward(down, table.data(), tasks - 1, tasks);
   }
   bool operator==(const NormAdd& o) const {
     return y.ends_like(o.y, kCols) && gf.ends_like(o.gf, kCols) && sums.ends_like(o.sums, 1) &&
