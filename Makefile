@@ -18,7 +18,7 @@ NATIVE := $(DONE)/native-$(FASTRES_BUILD)-$(FASTRES_CUDA)-$(FASTRES_CUDA_ARCHS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint types fuzz reliability wheel bench tables gpu clean again
+.PHONY: help demo test build lint types fuzz sanitize reliability wheel bench tables gpu clean again
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -46,6 +46,10 @@ fuzz: $(DONE)/test $(NATIVE)  ## call operators 2,000 times, kill runs 200 times
 
 reliability: $(DONE)/test $(NATIVE)  ## PARTS="fuzz kills": run them all night, into docs/reliability
 	$(PYTHON) tools/reliability.py $(addprefix --python ,$(PYTHONS)) $(PARTS)
+
+sanitize: $(DONE)/test $(NATIVE)  ## call the CPU library under ASan, UBSan and TSan; look for leaks
+	cd tests && $(PYTHON) -m sanitizing.build address thread
+	FASTRES_CALLS=10000 $(PYTHON) -m pytest tests/test_leaks.py --timeout=3600 $(PYTEST_ARGS)
 
 wheel: $(DONE)/build  ## build a wheel for this Python, with the libraries, into dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import platform
 import shutil
@@ -20,15 +19,7 @@ SOURCE = Path(__file__).with_name("tile_math.cpp")
 EXACT = {0: torch.exp, 1: torch.tanh, 2: torch.erf}
 
 
-def of_setup(name: str):
-    """A list or table of setup.py, by its name."""
-    for line in ast.parse((build.ROOT / "setup.py").read_text()).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
-            return ast.literal_eval(line.value)
-    raise KeyError(name)
-
-
-FLAGS = of_setup("ISA_FLAGS")
+FLAGS = build.of_setup("ISA_FLAGS")
 
 
 def sets() -> list[str]:
@@ -46,7 +37,7 @@ def library(
     if shutil.which(build.COMPILER) is None:
         pytest.skip(f"no C++ compiler ({build.COMPILER})")
     made = tmp_path_factory.mktemp("tile_math") / f"{request.param}.so"
-    options = ["-O3", *of_setup("KERNEL_FLAGS"), *FLAGS[request.param]]
+    options = ["-O3", *build.of_setup("KERNEL_FLAGS"), *FLAGS[request.param]]
     options += ["-shared", "-fPIC", f"-DFASTRES_ISA={request.param}"]
     build.run([build.COMPILER, *options, str(SOURCE), "-o", str(made)])
     return ctypes.CDLL(str(made))

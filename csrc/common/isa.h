@@ -7,14 +7,16 @@ namespace fastres {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
-#if defined(__x86_64__)
+// FASTRES_ONE_ISA: only the portable kernels are built.
+#if defined(__x86_64__) && !defined(FASTRES_ONE_ISA)
+#define FASTRES_ISAS_X86
 constexpr int kIsasBuilt = 3;
 #else
 constexpr int kIsasBuilt = 1;
 #endif
 
 inline Isa best_isa() {
-#if defined(__x86_64__)
+#if defined(FASTRES_ISAS_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -41,7 +43,7 @@ inline Isa isa() {
 
 // Declares `void name(...)` in the namespace of each instruction set, and name##_for_this_cpu(),
 // which picks one.
-#if defined(__x86_64__)
+#if defined(FASTRES_ISAS_X86)
 #define FASTRES_CPU_KERNEL(name, ...)              \
   namespace portable { void name(__VA_ARGS__); }   \
   namespace avx2 { void name(__VA_ARGS__); }       \

@@ -51,6 +51,8 @@ def check_stack(
     sets, hidden, width = w1.shape
     if hidden == 0 or width == 0:
         raise ValueError(f"{op}: w1 must have sizes H, D >= 1, got {[*w1.shape]}")
+    if max(hidden, width) > 1 << 30:  # a column is an int on a GPU
+        raise ValueError(f"{op}: w1 must have sizes H, D <= 2^30, got {[*w1.shape]}")
     shapes = {"b1": (sets, hidden), "w2": (sets, width, hidden), "b2": (sets, width)}
     for (name, shape), weight in zip(shapes.items(), weights[1:], strict=True):
         if weight.shape != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -37,6 +39,14 @@ def run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
+
+
+def of_setup(name: str) -> Any:
+    """Return a list or table of setup.py, by its name."""
+    for line in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+            return ast.literal_eval(line.value)
+    raise KeyError(name)
 
 
 @functools.cache
