@@ -20,16 +20,25 @@ inline int64_t image_size(const Shape& s) {
   return planes_of(s) * (s.height + 2) * (s.width + 2) * kPlaneChannels;
 }
 
-// Tasks that a convolution of `images` is cut into: a row of pixels, of two planes. A task has the
-// same three partial sums whoever does it, and so the same bits.
-inline int64_t tasks_of(const Shape& s, int64_t images) {
+// Rows of pixels of `images`, of two planes each. Each row has its three partial sums, whoever does
+// it, and so the same bits.
+inline int64_t rows_of(const Shape& s, int64_t images) {
   return ceil_div(planes_of(s), 2) * images * s.height;
+}
+
+// Rows of an image that are one task where `members` share `images`: 64 pixels, for which the
+// weights of 16 channels stay in the first cache, but fewer where not all would find a task.
+inline int64_t rows_of_task(const Shape& s, int64_t images, int64_t members) {
+  const int64_t most = 64 / s.width < s.height ? 64 / s.width : s.height;
+  const int64_t share = rows_of(s, images) / members;
+  const int64_t rows = members > 1 && share < most ? share : most;
+  return rows < 1 ? 1 : rows;
 }
 
 // Bytes that `images` need at a time: stream, inner activations, partial sums.
 inline int64_t buffer_bytes(const Shape& s, int64_t images) {
   return images * 2 * image_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4) +
-         tasks_of(s, images) * 3 * 8;
+         rows_of(s, images) * 3 * 8;
 }
 
 // Images [first, first + images) through all blocks; or all of them, by a team of which `wanted`

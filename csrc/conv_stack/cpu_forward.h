@@ -15,18 +15,19 @@ template <class T> class Forward {
   using A = typename Stored<T>::A;
 
  public:
-  Forward(const Args& a, int64_t first, int64_t images, void* buffer)
+  Forward(const Args& a, int64_t first, int64_t images, int64_t rows, void* buffer)
       : a_(a),
         s_(a.shape),
         first_(first),
         images_(images),
         line_((s_.width + 2) * kLanes),
         plane_((s_.height + 2) * line_),
-        tasks_(tasks_of(s_, images)),
+        rows_(rows),
+        tasks_(ceil_div(planes_of(s_), 2) * images * ceil_div(s_.height, rows)),
         x_(static_cast<A*>(buffer)),
         inner_(x_ + images * image_size(s_)),
         sums_(reinterpret_cast<double*>(inner_ + images * image_size(s_))),
-        row_(2 * s_.width * kLanes * sizeof(A)) {}
+        branch_(2 * rows * s_.width * kLanes * sizeof(A)) {}
 
   void run(Member* member) {
     const int64_t lines = images_ * (s_.height + 2);
@@ -40,14 +41,15 @@ template <class T> class Forward {
   }
 
  private:
-  // Two planes of a row of an image, or the one that is left.
+  // Some rows of an image, of two planes or the one that is left.
   struct Task {
-    int64_t number, plane, image, row;
-    Task(const Forward& f, int64_t number)
-        : number(number),
-          plane(number / f.s_.height / f.images_ * 2),
-          image(number / f.s_.height % f.images_),
-          row(number % f.s_.height) {}
+    int64_t plane, planes, image, row, rows;
+    Task(const Forward& f, int64_t number) {
+      const int64_t each = ceil_div(f.s_.height, f.rows_);
+      plane = number / each / f.images_ * 2, planes = least(2, planes_of(f.s_) - plane);
+      image = number / each % f.images_;
+      row = number % each * f.rows_, rows = least(f.rows_, f.s_.height - row);
+    }
   };
 
   template <class Body> static void share(Member* member, int64_t count, const Body& body) {
@@ -100,36 +102,47 @@ template <class T> class Forward {
     }
   }
 
-  // Calls each(t, plane) for the planes of a task, after the convolution of its row:
-  // out [2][W][16] <- conv(from, w) + b.
+  // out [planes][rows][W][16] <- conv(from, w) + b. 16 channels that are read after the other: their
+  // weights stay in the first cache while all rows use them.
   void convolve(const void* w, const void* b, A* from, int64_t block, const Task& task, A* out,
-                int64_t out_plane) const {
+                int64_t out_plane, int64_t out_line) const {
     const int64_t c = s_.channels, first = task.plane * kLanes;
-    const Taps<T> taps{in<T>(w, block * 9 * c * c + first), c, in<T>(b, block * c + first),
-                       least(2 * kLanes, c - first)};
-    const Source<A> source{at(from, task.image, 0, task.row - 1) - kLanes, line_, plane_};
-    convolve_row(taps, source, s_.width, out, out_plane);
+    for (int64_t plane = 0; plane < planes_of(s_); ++plane) {
+      const int64_t read = plane * kLanes;
+      const Taps<T> taps{in<T>(w, (block * 9 * c + read) * c + first), c,
+                         plane ? nullptr : in<T>(b, block * c + first), least(kLanes, c - read),
+                         least(2 * kLanes, c - first)};
+      const Source<A> source{at(from, task.image, plane, task.row - 1) - kLanes, line_};
+      convolve_rows(taps, source, task.rows, s_.width, out, out_plane, out_line);
+    }
   }
-  int64_t planes(const Task& task) const { return least(2, planes_of(s_) - task.plane); }
 
   void inner(int64_t block, const Task& task) const {
-    A* row = at(inner_, task.image, task.plane, task.row);
-    convolve(a_.weights.w1, a_.weights.b1, x_, block, task, row, plane_);
-    for (int64_t p = 0; p < planes(task); ++p)
-      for (int64_t i = 0; i < s_.width * kLanes; i += kLanes) {
-        A* place = row + p * plane_ + i;
-        Stored<A>::store(place, Math<Tile<A>>::positive_part(Stored<A>::load(place)));
+    A* first = at(inner_, task.image, task.plane, task.row);
+    convolve(a_.weights.w1, a_.weights.b1, x_, block, task, first, plane_, line_);
+    for (int64_t p = 0; p < task.planes; ++p)
+      for (int64_t r = 0; r < task.rows; ++r) {
+        A* row = first + p * plane_ + r * line_;
+        for (int64_t i = 0; i < s_.width * kLanes; i += kLanes)
+          Stored<A>::store(row + i, Math<Tile<A>>::positive_part(Stored<A>::load(row + i)));
       }
   }
 
   void join(int64_t block, const Task& task) const {
-    A* f = static_cast<A*>(row_.data());
-    convolve(a_.weights.w2, a_.weights.b2, inner_, block, task, f, s_.width * kLanes);
+    const int64_t line = s_.width * kLanes, plane = rows_ * line;
+    A* f = static_cast<A*>(branch_.data());
+    convolve(a_.weights.w2, a_.weights.b2, inner_, block, task, f, plane, line);
+    for (int64_t r = 0; r < task.rows; ++r)
+      join_row(block, task, task.row + r, f + r * line, plane);
+  }
+
+  // Adds a row of the branch, f [planes][W][16], to the stream, and keeps its share of the sums.
+  void join_row(int64_t block, const Task& task, int64_t row, const A* f, int64_t f_plane) const {
     const A gate = gate_of<A>(a_.weights, block, first_ + task.image);
     Sums<double> total;
-    for (int64_t p = 0; p < planes(task); ++p) {
-      A* x = at(x_, task.image, task.plane + p, task.row);
-      const A* branch = f + p * s_.width * kLanes;
+    for (int64_t p = 0; p < task.planes; ++p) {
+      A* x = at(x_, task.image, task.plane + p, row);
+      const A* branch = f + p * f_plane;
       const uint16_t real = (1u << channels_from(task.plane + p)) - 1;
       for_each_tile<Sums<Tile<A>>>(
           s_.width * kLanes,
@@ -145,8 +158,12 @@ template <class T> class Forward {
             total.dot += (even.dot + odd.dot).sum();
           });
     }
-    double* to = sums_ + task.number * 3;
+    double* to = sums(task.plane, task.image, row);
     to[0] = total.skip_sq, to[1] = total.branch_sq, to[2] = total.dot;
+  }
+
+  double* sums(int64_t plane, int64_t image, int64_t row) const {  // [3]
+    return sums_ + ((plane / 2 * images_ + image) * s_.height + row) * 3;
   }
 
   void store_sums(int64_t block) const {
@@ -154,18 +171,19 @@ template <class T> class Forward {
       for (int64_t k = 0; k < 3; ++k) {
         double total = 0;
         for (int64_t plane = 0; plane < planes_of(s_); plane += 2)
-          for (int64_t row = 0; row < s_.height; ++row)
-            total += sums_[((plane / 2 * images_ + image) * s_.height + row) * 3 + k];
+          for (int64_t row = 0; row < s_.height; ++row) total += sums(plane, image, row)[k];
         in<A>(a_.sums, (block * 3 + k) * s_.batch)[first_ + image] = static_cast<A>(total);
       }
   }
 
   const Args& a_;
   const Shape& s_;
-  const int64_t first_, images_, line_, plane_, tasks_;  // elements of a row, of a plane
-  A *const x_, *const inner_;                            // [images, planes, H + 2, W + 2, 16]
-  double* const sums_;                                   // [tasks, 3]
-  const Buffer row_;                                     // [2, W, 16], of the branch
+  const int64_t first_, images_;
+  const int64_t line_, plane_;  // elements of a row with its border, of a plane
+  const int64_t rows_, tasks_;  // rows of a task
+  A *const x_, *const inner_;   // [images, planes, H + 2, W + 2, 16]
+  double* const sums_;          // [pairs of planes, images, H, 3]
+  const Buffer branch_;         // [2, rows, W, 16]
 };
 
 }  // namespace fastres::conv_stack::FASTRES_ISA

@@ -3,7 +3,6 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include <atomic>
-#include <cstring>
 
 #include "../common/buffer.h"
 #include "../common/numpy.h"
@@ -37,9 +36,9 @@ constexpr int64_t kGroupBytes = 512 << 10;
 // Threads that take all images together, or 1: they do where that leaves none of them idle for
 // longer than they need to meet.
 int members_for(const Shape& s, int64_t threads) {
-  const int64_t tasks = tasks_of(s, s.batch), rounds = ceil_div(s.batch, threads);
-  if (s.batch % threads == 0 || rounds > 4 || tasks < 2) return 1;
-  return static_cast<int>(std::min({threads, tasks, static_cast<int64_t>(Team::kMost)}));
+  const int64_t rows = rows_of(s, s.batch), rounds = ceil_div(s.batch, threads);
+  if (s.batch % threads == 0 || rounds > 4 || rows < 2) return 1;
+  return static_cast<int>(std::min({threads, rows, static_cast<int64_t>(Team::kMost)}));
 }
 
 void run(const Args& a) {
@@ -94,6 +93,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, cons
                                    bool stats, bool tf32) {
   STD_TORCH_CHECK(x_given.dim() == 4 && w1.dim() == 5, kName,
                   ": x must be [N, C, H, W] and w1 [L, C, C, 3, 3]");
+  STD_TORCH_CHECK(x_given.size(1) > 0 && x_given.size(2) > 0 && x_given.size(3) > 0, kName,
+                  ": x must have sizes C, H, W >= 1");
   const bool channels_last = !x_given.is_contiguous() && is_channels_last(x_given);
   const Tensor x = channels_last ? x_given : torch::stable::contiguous(x_given);
   const Dtype dtype = dtype_of(kName, "x", x);
@@ -116,8 +117,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, cons
                   x.const_data_ptr(),
                   y.mutable_data_ptr(),
                   stats ? sums.mutable_data_ptr() : nullptr};
-  if (y.numel()) run(args, x);
-  else if (stats) torch::stable::zero_(sums);
+  if (batch) run(args, x);
   return {y, sums};
 }
 
@@ -134,6 +134,8 @@ py::tuple on_arrays(const py::object& x_given, const py::object& w1_given,
   if (x.ndim() != 4 || weights[0].ndim() != 5)
     throw py::value_error(numpy::message(
         kName, "w1", "have shape [L, 3, 3, C, C] and x [N, C, H, W]", weights[0].attr("shape")));
+  if (x.shape(1) == 0 || x.shape(2) == 0 || x.shape(3) == 0)
+    throw py::value_error(numpy::message(kName, "x", "have sizes C, H, W >= 1", x.attr("shape")));
   const int64_t blocks = weights[0].shape(0), channels = x.shape(1);
   const std::vector<py::ssize_t> shapes[4] = {{blocks, 3, 3, channels, channels},
                                               {blocks, channels},
@@ -151,10 +153,9 @@ py::tuple on_arrays(const py::object& x_given, const py::object& w1_given,
       x.data(),
       y.mutable_data(),
       sums.mutable_data()};
-  if (y.size() == 0) std::memset(sums.mutable_data(), 0, sums.nbytes());
   {
     const py::gil_scoped_release released;
-    if (s.batch && channels && s.height && s.width) run(args);
+    if (s.batch) run(args);
   }
   return py::make_tuple(y, sums);
 }
