@@ -7,4 +7,11 @@ from fastres.ops.path_accumulate import path_accumulate
 from fastres.ops.residual_add import residual_add
 from fastres.ops.stats import Stats
 
-__all__ = ["Stats", "batch_norm_residual", "conv_stack", "mlp_stack", "path_accumulate", "residual_add"]
+__all__ = [
+    "Stats",
+    "batch_norm_residual",
+    "conv_stack",
+    "mlp_stack",
+    "path_accumulate",
+    "residual_add",
+]

@@ -1,4 +1,4 @@
-"""conv_stack: L blocks x <- relu(x + gate * conv2(relu(conv1(x)))) of 3x3, with the sums of each."""
+"""conv_stack: L blocks x <- relu(x + gate * conv2(relu(conv1(x)))), with the sums of each."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def composed(
         gate: [L, N] in the accumulate dtype, or None for 1.
         add: Joins a branch to its stream.
     """
-    wide, layout, dtype = accumulate(x.dtype), layout_of(x), x.dtype
+    wide, dtype = accumulate(x.dtype), x.dtype
     sums = []
     # unbind once: w1[l] in the loop would write a full-sized gradient per block, O(L^2)
     sets = zip(*(w.to(wide).unbind(0) for w in (w1, b1, w2, b2)), strict=True)
@@ -127,8 +127,10 @@ def composed(
             sums.append(sums_of(y.detach(), p.detach()))
             y = torch.relu(add(y, p))
     measured = torch.stack(sums) if sums else x.new_empty((0, 3, x.size(0)), dtype=wide)
-    y = y.to(dtype).contiguous(memory_format=layout)
-    return (y if sums else y.clone()), measured
+    y = y.to(dtype) if sums else x.clone()
+    if is_channels_last(x):
+        return y.movedim(1, -1).contiguous().movedim(-1, 1), measured
+    return y.contiguous(), measured
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -140,10 +142,9 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def layout_of(x: Tensor) -> torch.memory_format:
-    """Return the layout of y: that of x [N, C, H, W], or contiguous where x has neither."""
-    plain = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last
+def is_channels_last(x: Tensor) -> bool:
+    """Tell whether y lies as [N, H, W, C]: where x [N, C, H, W] does, and is not contiguous too."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()  # vmap asks it only so
 
 
 def as_packed(w: Tensor) -> Tensor:
@@ -163,6 +164,8 @@ def _check(x: Tensor, weights: tuple[Tensor, ...], gate: float | Tensor | None) 
     check_tensor(_OP, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x must have 4 dimensions, got {x.dim()}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{_OP}: x must have sizes C, H, W >= 1, got {[*x.shape]}")
     check_alike(_OP, x, weights)
     shape, w1 = (x.size(1), x.size(1), 3, 3), weights[0]
     if w1.shape[1:] != shape:
@@ -184,7 +187,9 @@ def _fake(
     tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and sums of the right shape, layout and dtype, without values."""
-    y = torch.empty_like(x, memory_format=layout_of(x))
+    last = is_channels_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty_like(x, memory_format=layout)
     size = (w1.size(0), 3, x.size(0)) if stats else (0,)
     return y, x.new_empty(size, dtype=accumulate(x.dtype))
 
