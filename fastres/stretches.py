@@ -16,8 +16,8 @@ from fastres.following import Arguments, NotFused, graph_of
 from fastres.fused import NORMS, Code, activated, is_bare, is_fusible, join, norm_of, run_branch
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
-_ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
-_RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
+ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
+RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
 
 
 def _check(module: nn.Module) -> None:
@@ -40,17 +40,8 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     Raises:
         NotFused: If there is none, with the reason.
     """
-    _check(module)
-    arguments = Arguments.of(type(module))
-    graph, reads = graph_of(module, arguments)
-    vars(module)["training"] = not module.training
-    try:
-        other, _ = graph_of(module, arguments)
-    finally:
-        vars(module)["training"] = not module.training
-    if str(other) != str(graph):
-        raise NotFused("its forward depends on its mode, training or eval")
-    adds = [node for node in graph.nodes if _is_add(node)]
+    arguments, graph, reads = read(module)
+    adds = [node for node in graph.nodes if is_add(node)]
     if skips is None:
         adds = [node for node in adds if _weight(module, node, 0) != _weight(module, node, 1)]
         skips = [int(_weight(module, node, 0) > _weight(module, node, 1)) for node in adds]
@@ -61,19 +52,40 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
         raise NotFused("its skip and its branch change places from call to call")
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
     _activate(module, graph)
+    return write(arguments, graph, reads, recompute), ", ".join(what)
+
+
+def read(module: nn.Module) -> tuple[Arguments, fx.Graph, frozenset[str]]:
+    """Return arguments, graph and attributes read of a module's forward, alike in both modes."""
+    _check(module)
+    arguments = Arguments.of(type(module))
+    graph, reads = graph_of(module, arguments)
+    vars(module)["training"] = not module.training
+    try:
+        other, _ = graph_of(module, arguments)
+    finally:
+        vars(module)["training"] = not module.training
+    if str(other) != str(graph):
+        raise NotFused("its forward depends on its mode, training or eval")
+    return arguments, graph, reads
+
+
+def write(
+    arguments: Arguments, graph: fx.Graph, reads: frozenset[str], recompute: bool = False
+) -> Code:
+    """Write the code of a forward from its graph."""
     python = graph.python_code("self")
     known = fx.Graph().python_code("self").globals
     names = {k: v for k, v in python.globals.items() if k not in known}
     names |= {f"default_{name}": default for name, default in arguments.optional}
-    source = arguments.with_options(python.src)
-    code = Code(source, tuple(names.items()), reads, recompute)
-    return code, ", ".join(what)
+    return Code(arguments.with_options(python.src), tuple(names.items()), reads, recompute)
 
 
-def _is_add(node: fx.Node) -> bool:
+def is_add(node: fx.Node) -> bool:
+    """Tell whether a node adds two others."""
     return (
         node.op in ("call_function", "call_method")
-        and node.target in _ADDS
+        and node.target in ADDS
         and len(node.args) == 2
         and all(isinstance(each, fx.Node) for each in node.args)
     )
@@ -173,5 +185,5 @@ def _relu(module: nn.Module, total: fx.Node) -> fx.Node | None:
         return None
     if user.op == "call_module":
         return user if is_bare(module.get_submodule(str(user.target)), nn.ReLU) else None
-    known = user.op in ("call_function", "call_method") and user.target in _RELUS
+    known = user.op in ("call_function", "call_method") and user.target in RELUS
     return user if known else None
