@@ -102,7 +102,7 @@ template <class T> class Forward {
     }
   }
 
-  // out [planes][rows][W][16] <- conv(from, w) + b. 16 channels that are read after the other: their
+  // out [planes][rows][W][16] <- conv(from, w) + b. 16 channels that are read at a time: their
   // weights stay in the first cache while all rows use them.
   void convolve(const void* w, const void* b, A* from, int64_t block, const Task& task, A* out,
                 int64_t out_plane, int64_t out_line) const {
