@@ -166,6 +166,7 @@ class Fused(nn.Module):
         """Set an attribute; the block gets its own forward back if that has read it."""
         if name in self.code.reads:
             object.__setattr__(self, "__class__", self.original)
+            self.__dict__.pop(KEPT, None)
             setattr(self, name, value)
         else:
             super().__setattr__(name, value)
