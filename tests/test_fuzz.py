@@ -249,7 +249,7 @@ def test_conv_stack_is_no_less_exact_than_twice_eager(device, data):
     assert largest_error([y], [exact]) <= 2 * max(largest_error([usual], [exact]), 4 * unit)
     least = 1e-12 if dtype == torch.float64 else 2e-5
     assert largest_error([stats.sums], [sums.sums]) <= least
-    assert y.stride() == usual.stride()
+    assert not y.numel() or y.stride() == usual.stride()
 
 
 @given(st.data())
