@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastres.declaring import add, fused_add, fused_norm, fused_stack
-from fastres.ops import Stats, batch_norm_residual, mlp_stack, residual_add
+from fastres.ops import Stats, batch_norm_residual, conv_stack, mlp_stack, residual_add
 from fastres.ops.batch_norm_residual import reference as norm_reference
-from fastres.ops.mlp_stack import reference
+from fastres.ops.conv_stack import reference as conv_reference
+from fastres.ops.mlp_stack import reference as mlp_reference
 from fastres.tracing import Kind
 
 ADDS: Final[frozenset[Callable[..., Any]]] = frozenset(
@@ -26,8 +28,11 @@ DECLARED: Final[frozenset[Callable[..., Any]]] = MEASURED | {add}
 # By a Listener:
 HEARD: Final[frozenset[Callable[..., Any]]] = frozenset({add, fused_add, fused_norm, fused_stack})
 INTO: Final[frozenset[Callable[..., Any]]] = frozenset({Tensor.add_, Tensor.__iadd__})
-STACKS: Final[Mapping[Callable[..., Any], inspect.Signature]] = {
-    func: inspect.signature(func) for func in (fused_stack, mlp_stack)
+# A stack -> what runs its blocks one by one:
+STACKS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    fused_stack: mlp_reference,
+    mlp_stack: mlp_reference,
+    conv_stack: conv_reference,
 }
 _NORM: Final = inspect.signature(batch_norm_residual)
 
@@ -109,7 +114,7 @@ class Stack(NamedTuple):
 
     func: Callable[..., Any]
     bound: inspect.BoundArguments
-    x: Tensor  # [B, ..., D]
+    x: Tensor  # [B, ..., D] or [N, C, H, W]
     blocks: int  # L, 1 or more
 
     def call(self, **changes: Any) -> tuple[Tensor, Stats]:
@@ -123,7 +128,12 @@ class Stack(NamedTuple):
 
     def separate(self) -> tuple[Tensor, Stats]:
         """Run its blocks one by one, each with `add`."""
-        return reference(*self.bound.args, **self.bound.kwargs, add=add)
+        run = STACKS[self.func]
+        result: tuple[Tensor, Stats] = run(*self.bound.args, **self.bound.kwargs, add=add)
+        return result
+
+
+_signature: Final = lru_cache(None)(inspect.signature)
 
 
 def read_stack(
@@ -132,7 +142,7 @@ def read_stack(
     """Return the call if it is a stack of at least one residual block."""
     if func not in STACKS:
         return None
-    bound = STACKS[func].bind(*args, **kwargs)
+    bound = _signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     x, w1, blocks = (bound.arguments.get(name) for name in ("x", "w1", "blocks"))
     if not isinstance(x, Tensor) or not isinstance(w1, Tensor) or x.dim() < 2 or w1.dim() < 1:

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from fastres.following import NotFused
-from fastres.fused import SEQUENCE, Fused, fused_class, norm_of
+from fastres.fused import SEQUENCE, Code, Fused, fused_class, norm_of
+from fastres.ops.calls import check_flag
+from fastres.runs import Stacks
 from fastres.sites import Add, Site, Stack, visit
+from fastres.stacked import forget
 from fastres.stretches import rewrite
 from fastres.verifying import Verified
 
@@ -29,18 +32,23 @@ class Fusion:
         fused: Module -> what is one call now, such as "batch norm + add + ReLU".
         left: Module -> why it is as it was.
         verified: Whether outputs and gradients on the example were compared, and agreed.
+        stacked: Of the fused, block -> the stack that it is in, in eval mode; with `stacks`.
+        apart: Of the fused, block -> why it is in none; with `stacks`.
     """
 
     model: str
     fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     verified: bool = False
+    stacked: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         of = len(self.fused) + len(self.left)
         checked = ", verified" if self.verified else ""
         lines = [f"Fusion of {self.model}: {len(self.fused)} of {of} blocks{checked}"]
-        for title, entries in (("fused", self.fused), ("left", self.left)):
+        for title in ("fused", "left", "stacked", "apart"):
+            entries: dict[str, str] = getattr(self, title)
             groups: dict[str, list[str]] = defaultdict(list)
             for name, text in entries.items():
                 groups[text].append(name)
@@ -56,6 +64,7 @@ def fuse(
     verify: bool | None = None,
     *,
     recompute: bool = False,
+    stacks: bool = False,
 ) -> Fusion:
     """Replace the residual adds of a model, with what stands beside them, by fused operators.
 
@@ -86,12 +95,18 @@ def fuse(
         recompute: Whether the backward pass computes again, bit for bit, what one pass over memory
             gives: activations of batch norms within a branch, and every other sum of an identity
             block. A ResNet of basic blocks then keeps 0.65 of what it kept, for 5 % of its step.
+        stacks: Whether two or more basic blocks in a row (two convolutions of 3x3 with batch norm,
+            identity skip, ReLU at the end) run as one `conv_stack` in eval mode, their batch norms
+            folded into weights that are kept until a parameter or buffer is changed. Where a
+            gradient is wanted, or a policy, hook, mode or compiler needs the blocks, they run one
+            by one. What is changed through `.data` is seen after the next pass in training mode.
 
     Returns:
         The Fusion: what was fused, what was left, and why.
 
     Raises:
-        TypeError: If model is not a module, or is compiled, scripted or quantized.
+        TypeError: If model is not a module, or is compiled, scripted or quantized; or stacks no
+            bool.
         ValueError: If there is something to verify but no example, or model has lazy parameters.
 
     Example:
@@ -103,46 +118,47 @@ def fuse(
     """
     if verify and example is None:
         raise ValueError("fuse: example must be given to verify, got None")
+    check_flag("fuse", "stacks", stacks)
     _check(model)
     restore(model)
     args, kwargs = _arguments(example)
     owners = _candidates(model) if example is None else _owners(model, args, kwargs)
-    fused, left, kinds = {}, {}, {}
+    fused: dict[str, str] = {}
+    left: dict[str, str] = {}
+    codes: dict[str, Code] = {}
     for name, skips in owners.items():
-        module = model.get_submodule(name)
         label = name or type(model).__name__
         try:
-            code, fused[label] = rewrite(module, skips, recompute)
+            code, fused[label] = rewrite(model.get_submodule(name), skips, recompute)
         except NotFused as error:
             left[label] = str(error)
         else:
-            kinds[module] = fused_class(cast("Any", type(module)), code)
-    kinds |= _sequences(model, kinds)
-    verify = bool(kinds) and example is not None and verify is not False
-    verified = Verified(model, args, kwargs) if verify else None
-    for module, kind in kinds.items():
-        module.__class__ = kind
-    if verified is not None and (wrong := verified.difference(model)):
-        restore(model)
-        left |= dict.fromkeys(fused, f"fused, {wrong}")
-        fused, verified = {}, None
-    return Fusion(type(model).__name__, fused, left, verified is not None)
+            codes[name] = code
+    found = Stacks.of(model, codes) if stacks else Stacks()
+    verify = bool(codes) and example is not None and verify is not False
+    passes = [Verified(model, args, kwargs)] if verify else []
+    if verify and found.stacked and not model.training:
+        passes.append(Verified(model, args, kwargs, derived=False))
+    for name, code in (_sequences(model, codes) | codes | found.codes).items():
+        module = model.get_submodule(name)
+        object.__setattr__(module, "__class__", fused_class(cast("Any", type(module)), code))
+    for verified in passes:
+        if wrong := verified.difference(model):
+            restore(model)
+            left |= dict.fromkeys(fused, f"fused, {wrong}")
+            return Fusion(type(model).__name__, {}, left)
+    return Fusion(type(model).__name__, fused, left, verify, found.stacked, found.apart)
 
 
-def _sequences(
-    model: nn.Module, kinds: Mapping[nn.Module, type[nn.Module]]
-) -> dict[nn.Module, type[nn.Module]]:
-    """Return the Sequentials in which blocks of an MLP follow each other, and their classes."""
-
-    def is_mlp(module: nn.Module) -> bool:
-        return module in kinds and cast("Any", kinds[module]).code.mlp is not None
-
+def _sequences(model: nn.Module, codes: Mapping[str, Code]) -> dict[str, Code]:
+    """Return the code of the Sequentials in which blocks of an MLP follow each other."""
+    mlps = {model.get_submodule(name) for name, code in codes.items() if code.mlp is not None}
     return {
-        module: fused_class(nn.Sequential, SEQUENCE)
-        for module in model.modules()
+        name: SEQUENCE
+        for name, module in model.named_modules()
         if type(module) is nn.Sequential
         and "forward" not in vars(module)
-        and any(is_mlp(a) and is_mlp(b) for a, b in pairwise(module))
+        and any(a in mlps and b in mlps for a, b in pairwise(module))
     }
 
 
@@ -162,6 +178,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Fused):
             object.__setattr__(module, "__class__", module.original)
+            forget(module)
 
 
 def _check(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastres.declaring import add, fused_add, fused_norm
-from fastres.hooks import Hook, Idle
+from fastres.folding import KEPT, Basic
+from fastres.hooks import Hook, Idle, is_hooked
 from fastres.ops import native
 from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.recomputing import Recomputing
@@ -40,10 +40,6 @@ def is_bare(module: nn.Module, *types: type[nn.Module]) -> bool:
     return all(isinstance(hook, Hook | Idle) for some in hooks for hook in some.values())
 
 
-def _is_hooked() -> bool:
-    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
 def norm_of(tail: nn.Module) -> nn.Module | None:
     """Return the batch norm that a module is, or that a Sequential ends in."""
     while isinstance(tail, nn.Sequential) and is_bare(tail, nn.Sequential) and len(tail):
@@ -57,7 +53,7 @@ def run_branch(tail: nn.Module, x: Tensor) -> Branch:
     Decided at every call, so that a batch norm which has been exchanged, or has got a hook, or is
     on a device without kernels, runs as it would without fastres.
     """
-    norm = None if _is_hooked() or not native.runs_on(x) else norm_of(tail)
+    norm = None if is_hooked() or not native.runs_on(x) else norm_of(tail)
     if norm is None:
         return tail(x), None
     while tail is not norm:
@@ -83,7 +79,7 @@ def _run_parts(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
 def activated(norm: nn.Module, f: Tensor, relu: nn.Module | None = None) -> Tensor:
     """Run a batch norm within a branch, and the ReLU after it: that module, or the function."""
     bare = is_bare(norm, *NORMS) and (relu is None or is_bare(relu, nn.ReLU))
-    if not bare or _is_hooked() or not native.runs_on(f) or torch.compiler.is_compiling():
+    if not bare or is_hooked() or not native.runs_on(f) or torch.compiler.is_compiling():
         f = norm(f)
         return F.relu(f) if relu is None else relu(f)
     norm._check_input_dim(f)  # type: ignore[operator]
@@ -103,7 +99,7 @@ def join(
         into: Whether the sum was written into the branch, and had its dtype.
     """
     f, norm = (branch, None) if isinstance(branch, Tensor) else branch
-    plain = isinstance(relu, bool) or (is_bare(relu, nn.ReLU) and not _is_hooked())
+    plain = isinstance(relu, bool) or (is_bare(relu, nn.ReLU) and not is_hooked())
     if skip.shape != f.shape or not plain or not native.runs_on(f):
         y = add(skip, f if norm is None else norm(f))
         y = y.to(f.dtype) if into else y
@@ -146,6 +142,7 @@ class Code:
         reads: Attributes that the original forward read: it may do something else when one is set.
         recomputes: Whether it keeps less, and computes it again in the backward pass.
         mlp: What the block is, if it is one of an MLP.
+        basic: What the block is, if a stack can hold it.
     """
 
     source: str
@@ -153,6 +150,7 @@ class Code:
     reads: frozenset[str]
     recomputes: bool = False
     mlp: Mlp | None = None
+    basic: Basic | None = None
 
 
 SEQUENCE: Final = Code(
@@ -172,11 +170,13 @@ class Fused(nn.Module):
 
     original: ClassVar[type[nn.Module]]
     code: ClassVar[Code]
+    basic: ClassVar[Basic | None]  # of code, in reach of `run_stack`
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the block gets its own forward back if that has read it."""
         if name in self.code.reads:
             object.__setattr__(self, "__class__", self.original)
+            self.__dict__.pop(KEPT, None)
             setattr(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -185,7 +185,8 @@ class Fused(nn.Module):
         """Copy and pickle it as its own class, and the way to make the other."""
         made = super().__reduce_ex__(protocol)
         assert isinstance(made, tuple)
-        return revived, (self.original, self.code), *made[2:]
+        state = {name: value for name, value in made[2].items() if name != KEPT}
+        return revived, (self.original, self.code), state, *made[3:]
 
 
 def is_fusible(kind: type[nn.Module]) -> bool:
@@ -221,6 +222,7 @@ def fused_class(original: Any, code: Code) -> type[nn.Module]:
     body = {
         "original": original,
         "code": code,
+        "basic": code.basic,
         "forward": _recomputing(forward) if code.recomputes else forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 _push: Final[Callable[[Any], None]] = torch.overrides._push_mode
@@ -35,6 +36,11 @@ class Idle:
 
     def __call__(self, *args: Any) -> None:
         """Do nothing."""
+
+
+def is_hooked() -> bool:
+    """Tell whether torch calls hooks of every module."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 class Mode(TorchFunctionMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
@@ -17,8 +18,8 @@ from fastres.fused import NORMS, Code, activated, is_bare, is_fusible, join, nor
 from fastres.stacking import mlp_of
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
-_ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
-_RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
+ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)
+RELUS: Final = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
 
 
 def _check(module: nn.Module) -> None:
@@ -41,17 +42,8 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     Raises:
         NotFused: If there is none, with the reason.
     """
-    _check(module)
-    arguments = Arguments.of(type(module))
-    graph, reads = graph_of(module, arguments)
-    vars(module)["training"] = not module.training
-    try:
-        other, _ = graph_of(module, arguments)
-    finally:
-        vars(module)["training"] = not module.training
-    if str(other) != str(graph):
-        raise NotFused("its forward depends on its mode, training or eval")
-    adds = [node for node in graph.nodes if _is_add(node)]
+    arguments, graph, reads = read(module)
+    adds = [node for node in graph.nodes if is_add(node)]
     if skips is None:
         adds = [node for node in adds if _weight(module, node, 0) != _weight(module, node, 1)]
         skips = [int(_weight(module, node, 0) > _weight(module, node, 1)) for node in adds]
@@ -63,19 +55,41 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     mlp = mlp_of(module, adds[0], skips[0]) if len(adds) == 1 else None
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
     _activate(module, graph)
+    code = replace(write(arguments, graph, reads, recompute), mlp=mlp)
+    return code, ", ".join(what)
+
+
+def read(module: nn.Module) -> tuple[Arguments, fx.Graph, frozenset[str]]:
+    """Return arguments, graph and attributes read of a module's forward, alike in both modes."""
+    _check(module)
+    arguments = Arguments.of(type(module))
+    graph, reads = graph_of(module, arguments)
+    vars(module)["training"] = not module.training
+    try:
+        other, _ = graph_of(module, arguments)
+    finally:
+        vars(module)["training"] = not module.training
+    if str(other) != str(graph):
+        raise NotFused("its forward depends on its mode, training or eval")
+    return arguments, graph, reads
+
+
+def write(
+    arguments: Arguments, graph: fx.Graph, reads: frozenset[str], recompute: bool = False
+) -> Code:
+    """Write the code of a forward from its graph."""
     python = graph.python_code("self")
     known = fx.Graph().python_code("self").globals
     names = {k: v for k, v in python.globals.items() if k not in known}
     names |= {f"default_{name}": default for name, default in arguments.optional}
-    source = arguments.with_options(python.src)
-    code = Code(source, tuple(names.items()), reads, recompute, mlp)
-    return code, ", ".join(what)
+    return Code(arguments.with_options(python.src), tuple(names.items()), reads, recompute)
 
 
-def _is_add(node: fx.Node) -> bool:
+def is_add(node: fx.Node) -> bool:
+    """Tell whether a node adds two others."""
     return (
         node.op in ("call_function", "call_method")
-        and node.target in _ADDS
+        and node.target in ADDS
         and len(node.args) == 2
         and all(isinstance(each, fx.Node) for each in node.args)
     )
@@ -175,5 +189,5 @@ def _relu(module: nn.Module, total: fx.Node) -> fx.Node | None:
         return None
     if user.op == "call_module":
         return user if is_bare(module.get_submodule(str(user.target)), nn.ReLU) else None
-    known = user.op in ("call_function", "call_method") and user.target in _RELUS
+    known = user.op in ("call_function", "call_method") and user.target in RELUS
     return user if known else None

@@ -24,10 +24,13 @@ class Verified:
     pass; and all of it twice more with weights that differ in their last digits, after which no
     rounding in the pass is the same. What is further apart than that must be so with all three
     weights: where a value happens to lie at the kink of a ReLU, rounding decides on which side.
-    Buffers, gradients and random generators stay as they are.
+    Buffers, gradients and random generators stay as they are. Not `derived`: without gradients.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], derived: bool = True
+    ) -> None:
+        self._derived = derived
         self._given = args, kwargs
         self._eps = 0.0
         plain = self._run(model, 0)
@@ -62,7 +65,7 @@ class Verified:
         cuda = {t.device.index for t in model.parameters() if t.is_cuda}
         with (
             torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.set_grad_enabled(self._derived),
             torch.random.fork_rng(sorted(cuda)),
         ):
             torch.manual_seed(0)

@@ -136,9 +136,14 @@ def test_gates_and_paths_act_on_a_fused_model_as_on_the_model(kind):
 
 @needs_files
 @pytest.mark.parametrize(
-    ("depth", "errors"), [(20, 827), pytest.param(56, 661, marks=[slow, pytest.mark.timeout(1800)])]
+    ("depth", "errors", "stacks"),
+    [
+        (20, 827, False),
+        (20, 827, True),
+        pytest.param(56, 661, True, marks=[slow, pytest.mark.timeout(1800)]),
+    ],
 )
-def test_the_public_weights_make_the_same_errors_fused(depth, errors):
+def test_the_public_weights_make_the_same_errors_fused(depth, errors, stacks):
     _, (images, labels) = read("cifar10", ROOT)
     mean, deviation = (
         torch.tensor(values).view(3, 1, 1)
@@ -147,8 +152,9 @@ def test_the_public_weights_make_the_same_errors_fused(depth, errors):
     x = (torch.from_numpy(images) / 255 - mean) / deviation
     (file,) = Path(ROOT, "pretrained").glob(f"resnet{depth}-*.th")
     model = cifar_resnet(depth, weights=file).eval()
-    fusion = fastres.fuse(model, x[:8])
+    fusion = fastres.fuse(model, x[:8], stacks=stacks)
     assert len(fusion.fused) == (depth - 2) // 2
+    assert len(fusion.stacked) == (len(fusion.fused) - 2) * stacks
     assert not fusion.left
     with torch.no_grad():
         found = torch.cat([model(part).argmax(1) for part in x.split(500)])

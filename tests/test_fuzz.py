@@ -10,14 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_batch_norm_residual import eager as batch_norm_eager
 from test_batch_norm_residual import with_statistics
+from test_conv_stack import eager as conv_eager
+from test_conv_stack import stack as conv_blocks
 from test_mlp_stack import eager as stack_eager
 from test_mlp_stack import stack
 from test_mlp_stack_paths import draw as stack_and_gradient
 from test_path_accumulate import normal as normal_rows
 from torch.utils._pytree import tree_map
 
-from fastres.ops import batch_norm_residual, mlp_stack, path_accumulate, residual_add
+from fastres.ops import (
+    batch_norm_residual,
+    conv_stack,
+    mlp_stack,
+    path_accumulate,
+    residual_add,
+)
 from fastres.ops.batch_norm_residual import reference as batch_norm_reference
+from fastres.ops.conv_stack import reference as conv_reference
 from fastres.ops.layout import accumulate, per_sample
 from fastres.ops.mlp_stack import reference as stack_reference
 from fastres.ops.mlp_stack_blocks import ACTIVATIONS
@@ -217,6 +226,30 @@ def test_mlp_stack_is_no_less_exact_than_twice_eager(device, data):
         calling(mlp_stack), calling(stack_eager), calling(stack_reference),
         args, dtype, device, data.draw(SEEDS), rounds_between=True,
     )  # fmt: skip
+
+
+@given(st.data())
+def test_conv_stack_is_no_less_exact_than_twice_eager(device, data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    shape = [data.draw(sizes(n, least)) for n, least in ((5, 0), (50, 1), (9, 1), (35, 1))]
+    blocks = data.draw(st.integers(1, 3))
+    layouts = [st.sampled_from(LAYOUTS), *[st.sampled_from(LAYOUTS[:4])] * 4]
+    tensors = conv_blocks(*shape, blocks, seed=data.draw(SEEDS))
+    given_args = [
+        laid_out(t.to(device, dtype), data.draw(layout))
+        for t, layout in zip(tensors, layouts, strict=True)
+    ]
+    gate = gates(data.draw, blocks, shape[0])
+    gate = gate.to(device, dtype) if isinstance(gate, torch.Tensor) else gate
+    y, stats = conv_stack(*given_args, gate)
+    usual, _ = conv_eager(*given_args, gate)
+    wide = gate.double() if isinstance(gate, torch.Tensor) else gate
+    exact, sums = conv_reference(*(t.double() for t in given_args), wide)
+    unit = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+    assert largest_error([y], [exact]) <= 2 * max(largest_error([usual], [exact]), 4 * unit)
+    least = 1e-12 if dtype == torch.float64 else 2e-5
+    assert largest_error([stats.sums], [sums.sums]) <= least
+    assert not y.numel() or y.stride() == usual.stride()
 
 
 @given(st.data())

@@ -6,13 +6,14 @@ import pytest
 import torch
 from contract import differentiable, leaves
 from test_batch_norm_residual import images
+from test_conv_stack import stack as conv_blocks
 from test_mlp_stack import stack
 from test_mlp_stack_paths import draw
 from test_path_accumulate import problem
 
 import fastres
 from fastres.nn import ResidualMLP
-from fastres.ops import batch_norm_residual, mlp_stack, path_accumulate, residual_add
+from fastres.ops import batch_norm_residual, conv_stack, mlp_stack, path_accumulate, residual_add
 from fastres.ops.mlp_stack_paths import lengths
 from fastres.threads import threads
 
@@ -31,6 +32,10 @@ def of_mlp_stack(device):
     return mlp_stack, stack(70, 48, 33, 5, device=device), {}
 
 
+def of_conv_stack(device):
+    return conv_stack, conv_blocks(3, 40, 9, 20, 2, device=device), {}
+
+
 def of_path_accumulate(device):
     skip, branch, named = problem(9, 4, 5000, device=device)
     return path_accumulate, (skip, branch), {**named, "tail": True}
@@ -42,13 +47,16 @@ def of_lengths(device):
 
 
 @pytest.fixture(
-    params=[of_residual_add, of_batch_norm_residual, of_mlp_stack, of_path_accumulate, of_lengths],
+    params=[
+        *(of_residual_add, of_batch_norm_residual, of_mlp_stack, of_conv_stack),
+        *(of_path_accumulate, of_lengths),
+    ],
     ids=lambda each: each.__name__.removeprefix("of_"),
 )
 def call(request, device):
     """Outputs and, of operators with a gradient, gradients."""
     op, args, options = request.param(device)
-    derived = op not in (path_accumulate, lengths)
+    derived = op not in (conv_stack, path_accumulate, lengths)  # or not by a kernel
 
     def run():
         given = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
