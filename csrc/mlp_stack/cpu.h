@@ -7,9 +7,8 @@
 // there are too few samples for that, all threads take the same tile and share out the rows of
 // every product.
 #pragma once
-#include <atomic>
-
 #include "../common/isa.h"
+#include "../common/team.h"
 #include "kernel.h"
 
 namespace fastres::mlp_stack {
@@ -19,17 +18,6 @@ namespace fastres::mlp_stack {
 // multiply-adds of a vector, ten times what it costs two threads to agree on the next step.
 constexpr int64_t kChunk = 32;
 constexpr int64_t kLargestGroup = 32;  // samples side by side in vectors; 16 in the narrow case
-
-// Threads that go through one tile together: those that have come when the first of them begins.
-// Whoever comes later goes away again, so that all who wait for one another are at work.
-struct Team {
-  static constexpr int kMost = 64;
-  struct alignas(128) Step {  // two lines: neighbours are fetched in pairs
-    std::atomic<int64_t> done{0};
-  };
-  std::atomic<int> joined{0}, size{0};
-  Step steps[kMost];  // of each member
-};
 
 // Threads that share one tile, or 1. Below 512 weights for each sample that threads tell each other
 // of, a meeting costs more than a second thread brings.

@@ -1,9 +1,9 @@
 // cpu_tile: a tile of samples on its way through the blocks, and the order of the steps.
 #pragma once
-#include <thread>
 #include <vector>
 
 #include "../common/activation.h"
+#include "../common/member.h"
 #include "../common/tile_product.h"
 #include "cpu.h"
 
@@ -80,52 +80,6 @@ struct Chunk {
   int64_t number, first, size;
   Chunk(int64_t number, int64_t rows)
       : number(number), first(number * kChunk), size(least(kChunk, rows - first)) {}
-};
-
-inline void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-template <class Condition> void wait_until(const Condition& condition) {
-  for (int spins = 0; !condition(); ++spins) {
-    pause();
-    if (spins > 10000) std::this_thread::yield();  // whoever is waited for has lost its core
-  }
-}
-
-// One thread's part in a team.
-class Member {
- public:
-  // wanted: how many are expected.
-  Member(Team& team, int wanted) : team_(team), index_(team.joined.fetch_add(1)) {
-    if (index_ == 0) {
-      // 10,000 looks, some 0.3 ms: a thread that sleeps has come by then, if it comes at all.
-      for (int i = 0; i < 10000 && team.joined.load() < wanted; ++i) pause();
-      team.size.store(team.joined.exchange(Team::kMost));
-    } else if (index_ < wanted) {
-      wait_until([&] { return team.size.load() > 0; });
-    }
-    size_ = team.size.load();
-  }
-  bool takes_part() const { return index_ < size_; }
-  // The chunks of `count` that are this member's: the same in every block, so that the rows that it
-  // writes stay in its core.
-  int64_t begin(int64_t count) const { return count * index_ / size_; }
-  int64_t end(int64_t count) const { return count * (index_ + 1) / size_; }
-  // Ends a step: returns when all have.
-  void meet() {
-    team_.steps[index_].done.store(++step_, std::memory_order_release);
-    for (int m = 0; m < size_; ++m)
-      wait_until([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
-  }
-  bool first() const { return index_ == 0; }
-
- private:
-  Team& team_;
-  const int index_;
-  int size_ = 0;
-  int64_t step_ = 0;
 };
 
 // Runs begin(); then for every block first(block, chunk) for n1 chunks and second(block, chunk) for
