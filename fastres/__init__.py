@@ -3,7 +3,14 @@
 from fastres import nn
 from fastres.fuse import Fusion, fuse, restore
 from fastres.gates import Gates, gate
-from fastres.ops import Stats, batch_norm_residual, mlp_stack, path_accumulate, residual_add
+from fastres.ops import (
+    Stats,
+    batch_norm_residual,
+    conv_stack,
+    mlp_stack,
+    path_accumulate,
+    residual_add,
+)
 from fastres.paths import PathGradients, mlp_stack_paths, path_gradients
 from fastres.record import Tape, record
 from fastres.sites import Site, trace
@@ -16,6 +23,7 @@ __all__ = [
     "Stats",
     "Tape",
     "batch_norm_residual",
+    "conv_stack",
     "fuse",
     "gate",
     "mlp_stack",

@@ -39,22 +39,14 @@ def check_stack(
     check_tensor(op, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have 2 dimensions, got {x.dim()}")
-    for name, weight in zip(("w1", "b1", "w2", "b2"), weights, strict=True):
-        check_tensor(op, name, weight)
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
-        if weight.device != x.device:
-            raise TypeError(f"{op}: {name} must be on {x.device}, got {weight.device}")
+    check_alike(op, x, weights)
     w1 = weights[0]
     if w1.dim() != 3 or w1.size(2) != x.size(1):
         raise ValueError(f"{op}: w1 must have shape [L, H, {x.size(1)}], got {[*w1.shape]}")
     sets, hidden, width = w1.shape
     if hidden == 0 or width == 0:
         raise ValueError(f"{op}: w1 must have sizes H, D >= 1, got {[*w1.shape]}")
-    shapes = {"b1": (sets, hidden), "w2": (sets, width, hidden), "b2": (sets, width)}
-    for (name, shape), weight in zip(shapes.items(), weights[1:], strict=True):
-        if weight.shape != shape:
-            raise ValueError(f"{op}: {name} must have shape {[*shape]}, got {[*weight.shape]}")
+    check_shapes(op, weights[1:], (sets, hidden), (sets, width, hidden), (sets, width))
     if activation not in CODES:
         known = ", ".join(CODES)
         raise ValueError(f"{op}: activation must be one of {known}, got {activation!r}")
@@ -64,3 +56,20 @@ def check_stack(
         rule = ">= 0" if sets == 1 else f"{sets}, the sets of weights"
         raise ValueError(f"{op}: blocks must be {rule}, got {blocks}")
     check_gate(op, gate, x, sets if blocks is None else blocks, x.size(0))
+
+
+def check_alike(op: str, x: Tensor, weights: tuple[Tensor, ...]) -> None:
+    """Raise a TypeError unless w1, b1, w2, b2 are tensors of the dtype and device of x."""
+    for name, weight in zip(("w1", "b1", "w2", "b2"), weights, strict=True):
+        check_tensor(op, name, weight)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
+        if weight.device != x.device:
+            raise TypeError(f"{op}: {name} must be on {x.device}, got {weight.device}")
+
+
+def check_shapes(op: str, weights: tuple[Tensor, ...], *shapes: tuple[int, ...]) -> None:
+    """Raise a ValueError unless b1, w2, b2 have these shapes."""
+    for name, shape, weight in zip(("b1", "w2", "b2"), shapes, weights, strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {[*shape]}, got {[*weight.shape]}")

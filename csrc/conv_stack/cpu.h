@@ -1,0 +1,42 @@
+// conv_stack on the CPU: how the work is cut up, and the kernel that does a piece of it.
+//
+// Channels stand in the lanes of vectors: an image is kept as planes of 16 channels, pixel by
+// pixel, with a border of zeros, so that no tap of a convolution is a special case. Images go
+// through all blocks on one thread, as many as its second cache holds; where there are too few for
+// that, all threads take the same images and share out the rows of every convolution.
+#pragma once
+#include "../common/isa.h"
+#include "../common/team.h"
+#include "kernel.h"
+
+namespace fastres::conv_stack {
+
+constexpr int64_t kPlaneChannels = 16;
+
+inline int64_t scratch_bytes(const Args&) { return 0; }
+
+inline int64_t planes_of(const Shape& s) { return ceil_div(s.channels, kPlaneChannels); }
+
+// Elements of an image with its border, in whole planes.
+inline int64_t image_size(const Shape& s) {
+  return planes_of(s) * (s.height + 2) * (s.width + 2) * kPlaneChannels;
+}
+
+// Tasks that a convolution of `images` is cut into: a row of pixels, of two planes. A task has the
+// same three partial sums whoever does it, and so the same bits.
+inline int64_t tasks_of(const Shape& s, int64_t images) {
+  return ceil_div(planes_of(s), 2) * images * s.height;
+}
+
+// Bytes that `images` need at a time: stream, inner activations, partial sums.
+inline int64_t buffer_bytes(const Shape& s, int64_t images) {
+  return images * 2 * image_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4) +
+         tasks_of(s, images) * 3 * 8;
+}
+
+// Images [first, first + images) through all blocks; or all of them, by a team of which `wanted`
+// members are expected. buffer: buffer_bytes, on a boundary of 64 bytes.
+FASTRES_CPU_KERNEL(forward, const Args&, int64_t first, int64_t images, void* buffer)
+FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int wanted)
+
+}  // namespace fastres::conv_stack

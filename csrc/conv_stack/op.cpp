@@ -1,0 +1,175 @@
+// conv_stack as an operator: schema, checks, outputs, and the images that a thread takes at a time.
+#include "../common/op.h"
+#include "kernel.h"
+#if !defined(FASTRES_CUDA)
+#include <atomic>
+#include <cstring>
+
+#include "../common/buffer.h"
+#include "../common/numpy.h"
+#include "cpu.h"
+#endif
+
+namespace fastres::conv_stack {
+namespace {
+
+constexpr const char* kName = "conv_stack";
+
+#if defined(FASTRES_CUDA)
+void run(const Args& a, const Tensor& x) {
+  on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
+}
+#else
+// 512 KiB: with the weights of a block in the second cache of a core.
+constexpr int64_t kGroupBytes = 512 << 10;
+
+// Threads that take all images together, or 1: they do where that leaves none of them idle for
+// longer than they need to meet.
+int members_for(const Shape& s, int64_t threads) {
+  const int64_t tasks = tasks_of(s, s.batch), rounds = ceil_div(s.batch, threads);
+  if (s.batch % threads == 0 || rounds > 4 || tasks < 2) return 1;
+  return static_cast<int>(std::min({threads, tasks, static_cast<int64_t>(Team::kMost)}));
+}
+
+void run(const Args& a) {
+  const Shape& s = a.shape;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int members = members_for(s, threads);
+  if (members > 1) {
+    const Buffer buffer(buffer_bytes(s, s.batch));
+    Team team;
+    torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+      // Where there is one thread after all it gets the whole range.
+      forward_together_for_this_cpu()(a, buffer.data(), team, end - begin == members ? 1 : members);
+    });
+    return;
+  }
+  const int64_t most = std::max<int64_t>(1, kGroupBytes / buffer_bytes(s, 1));
+  const int64_t groups = threads * ceil_div(s.batch, threads * most);  // as many for each thread
+  const int64_t images = ceil_div(s.batch, groups), count = ceil_div(s.batch, images);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    const Buffer buffer(buffer_bytes(s, images));
+    for (int64_t group = next++; group < count; group = next++)
+      forward_for_this_cpu()(a, group * images, std::min(images, s.batch - group * images),
+                             buffer.data());
+  });
+}
+void run(const Args& a, const Tensor&) { run(a); }
+#endif
+
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+// w [L, C, C, 3, 3] as [L, 3, 3, C in, C out]: itself where it lies so, else a copy.
+Tensor packed(const Tensor& w) {
+  const int64_t c = w.size(1), c2 = c * c;
+  const int64_t strides[5] = {9 * c2, 1, c, 3 * c2, c2};
+  bool same = true;
+  for (int d = 0; d < 5; ++d) same &= w.size(d) == 1 || w.stride(d) == strides[d];
+  if (same) return w;
+  Tensor copy = empty_strided(w, w.sizes().data(), strides, 5, w.scalar_type());
+  return torch::stable::copy_(copy, w);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, const Tensor& b1,
+                                   const Tensor& w2, const Tensor& b2, const OptionalTensor& gate,
+                                   bool stats, bool tf32) {
+  STD_TORCH_CHECK(x_given.dim() == 4 && w1.dim() == 5, kName,
+                  ": x must be [N, C, H, W] and w1 [L, C, C, 3, 3]");
+  const bool channels_last = !x_given.is_contiguous() && is_channels_last(x_given);
+  const Tensor x = channels_last ? x_given : torch::stable::contiguous(x_given);
+  const Dtype dtype = dtype_of(kName, "x", x);
+  const ScalarType type = x.scalar_type(), wide = accumulate_type(dtype);
+  const int64_t blocks = w1.size(0), batch = x.size(0), channels = x.size(1);
+  check_small(kName, "w1", w1, {blocks, channels, channels, 3, 3}, type, x);
+  check_small(kName, "w2", w2, {blocks, channels, channels, 3, 3}, type, x);
+  check_small(kName, "b1", b1, {blocks, channels}, type, x);
+  check_small(kName, "b2", b2, {blocks, channels}, type, x);
+  if (gate) check_small(kName, "gate", *gate, {blocks, batch}, wide, x);
+  const Tensor weights[4] = {packed(w1), torch::stable::contiguous(b1), packed(w2),
+                             torch::stable::contiguous(b2)};
+  Tensor y = uninitialized_like(x);
+  Tensor sums = stats ? uninitialized(x, {blocks, 3, batch}, wide) : uninitialized(x, {0}, wide);
+  const Shape s{batch, channels, x.size(2), x.size(3), blocks, dtype, channels_last, tf32};
+  Args args{s,
+            {weights[0].const_data_ptr(), weights[1].const_data_ptr(), weights[2].const_data_ptr(),
+             weights[3].const_data_ptr(), data_or_null(gate), gate ? gate->stride(0) : 0,
+             gate ? gate->stride(1) : 0},
+            x.const_data_ptr(),
+            y.mutable_data_ptr(),
+            stats ? sums.mutable_data_ptr() : nullptr};
+  const Tensor scratch = uninitialized(x, {scratch_bytes(args)}, ScalarType::Byte);
+  args.scratch = scratch.mutable_data_ptr();
+  if (y.numel()) run(args, x);
+  else if (stats) torch::stable::zero_(sums);
+  return {y, sums};
+}
+
+#if !defined(FASTRES_CUDA)
+// y, sums = conv_stack(x, w1, b1, w2, b2) on C-contiguous arrays, weights [L, 3, 3, C in, C out].
+py::tuple on_arrays(const py::object& x_given, const py::object& w1_given,
+                    const py::object& b1_given, const py::object& w2_given,
+                    const py::object& b2_given) {
+  const py::array x = numpy::as_array(kName, "x", x_given);
+  const py::array weights[4] = {
+      numpy::as_array(kName, "w1", w1_given), numpy::as_array(kName, "b1", b1_given),
+      numpy::as_array(kName, "w2", w2_given), numpy::as_array(kName, "b2", b2_given)};
+  const Dtype dtype = numpy::check_array(kName, "x", x);
+  if (x.ndim() != 4 || weights[0].ndim() != 5)
+    throw py::value_error(numpy::message(
+        kName, "w1", "have shape [L, 3, 3, C, C] and x [N, C, H, W]", weights[0].attr("shape")));
+  const int64_t blocks = weights[0].shape(0), channels = x.shape(1);
+  const std::vector<py::ssize_t> shapes[4] = {{blocks, 3, 3, channels, channels},
+                                              {blocks, channels},
+                                              {blocks, 3, 3, channels, channels},
+                                              {blocks, channels}};
+  const char* const names[4] = {"w1", "b1", "w2", "b2"};
+  for (int i = 0; i < 4; ++i)
+    numpy::check_like(kName, names[i], weights[i], py::array(x.dtype(), shapes[i]));
+  const Shape s{x.shape(0), channels, x.shape(2), x.shape(3), blocks, dtype, false, false};
+  py::array y = numpy::empty_like(x),
+            sums(numpy::accumulate_type(dtype), std::vector<py::ssize_t>{blocks, 3, s.batch});
+  const Args args{
+      s,
+      {weights[0].data(), weights[1].data(), weights[2].data(), weights[3].data(), nullptr, 0, 0},
+      x.data(),
+      y.mutable_data(),
+      sums.mutable_data()};
+  if (y.size() == 0) std::memset(sums.mutable_data(), 0, sums.nbytes());
+  {
+    const py::gil_scoped_release released;
+    if (s.batch && channels && s.height && s.width) run(args);
+  }
+  return py::make_tuple(y, sums);
+}
+
+const numpy::Entry entry([](py::module_& m) {
+  m.def(kName, &on_arrays, py::arg("x"), py::arg("w1"), py::arg("b1"), py::arg("w2"), py::arg("b2"),
+        "y, sums = conv_stack(x, w1, b1, w2, b2): L blocks x = relu(x + conv2(relu(conv1(x)))) of "
+        "convolutions of 3x3 with weights [L, 3, 3, C in, C out] and biases, and the [L, 3, N] "
+        "sums of x*x, p*p, x*p of each, with p what the block adds");
+});
+#endif
+
+}  // namespace
+}  // namespace fastres::conv_stack
+
+#if defined(FASTRES_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
+  m.def(
+      "_conv_stack(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gate, bool stats, "
+      "bool tf32) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+#endif
+  m.impl("_conv_stack", TORCH_BOX(&fastres::conv_stack::forward));
+}
