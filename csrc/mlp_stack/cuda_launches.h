@@ -6,6 +6,7 @@
 namespace fastres::mlp_stack {
 
 using gpu::Cutter;
+using gpu::launch_tiles;
 
 // 16 MiB: partial sums of so many blocks are left for one launch that adds them up.
 constexpr int64_t kPartsBytes = 16 << 20;
@@ -76,14 +77,6 @@ template <class T> struct BlockWeights {
 inline dim3 copy_grid(int64_t size) {
   const int64_t blocks = ceil_div(size, kCopyThreads), most = gpu::kMultiprocessors * 8;
   return dim3(unsigned(blocks < most ? blocks : most));
-}
-
-// Launches a kernel that no other shares its type of arguments with.
-template <class Tile, template <class> class KernelArgs>
-void launch_tiles(const char* name, void (*kernel)(KernelArgs<Tile>), dim3 grid, void* stream,
-                  const KernelArgs<Tile>& args, int64_t shared_bytes = gpu::kRingBytes<Tile>) {
-  static std::atomic<uint64_t> allowed{0};
-  gpu::launch_with_shared(name, kernel, allowed, grid, Tile::kThreads, shared_bytes, stream, args);
 }
 
 template <class Tile> void forward_layers(const Args& a, void* stream) {

@@ -15,20 +15,6 @@ using LayerTile = std::conditional_t<sizeof(typename Arithmetic::T) == 8,
 // 3 blocks of threads to an SM: 168 registers each, where 4 would make some kernels spill.
 constexpr int kBlocksPerSm = 3;
 
-// Where the tile of this block of threads begins: tiles of the same rows follow one another.
-template <class Tile> struct Corner {
-  int64_t row;
-  int col, number, count;  // of the tile among those of its rows
-  __device__ __forceinline__ explicit Corner(int64_t cols) {
-    count = int(ceil_div(cols, Tile::kN));
-    number = int(blockIdx.x % unsigned(count));
-    row = int64_t(blockIdx.x / unsigned(count)) * Tile::kM;
-    col = number * Tile::kN;
-  }
-};
-template <class Tile> dim3 tiles_of(int64_t rows, int64_t cols) {
-  return dim3(unsigned(ceil_div(rows, Tile::kM) * ceil_div(cols, Tile::kN)));
-}
 // How many partial sums each row of `cols` columns has.
 inline int64_t parts_of(Dtype dtype, int64_t cols) {
   return ceil_div(cols, dtype == Dtype::kFloat64 ? LayerTile<Arithmetic<double, false>>::kN
