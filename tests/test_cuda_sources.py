@@ -15,6 +15,8 @@ from cuda_on_cpu import (
     batch_norm_residual,
     batch_norm_residual_reference,
     build,
+    conv_stack,
+    conv_stack_reference,
     mlp_stack,
     mlp_stack_paths,
     mlp_stack_paths_reference,
@@ -57,6 +59,7 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
         (mlp_stack, mlp_stack_reference),
         (mlp_stack_paths, mlp_stack_paths_reference),
         (path_accumulate, path_accumulate_reference),
+        (conv_stack, conv_stack_reference),
     ],
     ids=[
         "residual_add",
@@ -64,6 +67,7 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
         "mlp_stack",
         "mlp_stack_paths",
         "path_accumulate",
+        "conv_stack",
     ],
 )
 def test_results_are_right_and_the_same_in_every_order_of_the_threads(
@@ -117,7 +121,14 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
 @needs_fibers
 @pytest.mark.parametrize(
     "op",
-    ["residual_add", "batch_norm_residual", "mlp_stack", "mlp_stack_paths", "path_accumulate"],
+    [
+        "residual_add",
+        "batch_norm_residual",
+        "mlp_stack",
+        "mlp_stack_paths",
+        "path_accumulate",
+        "conv_stack",
+    ],
 )
 def test_kernels_stay_within_their_memory(op: str, record_property) -> None:
     if build.sanitizer() is None:

@@ -13,8 +13,6 @@ namespace fastres::conv_stack {
 
 constexpr int64_t kPlaneChannels = 16;
 
-inline int64_t scratch_bytes(const Args&) { return 0; }
-
 inline int64_t planes_of(const Shape& s) { return ceil_div(s.channels, kPlaneChannels); }
 
 // Elements of an image with its border, in whole planes.

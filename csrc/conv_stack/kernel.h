@@ -23,12 +23,16 @@ struct Args {
   const void* x;            // [N, C, H, W] or [N, H, W, C]; not y
   void* y;                  // likewise
   void* sums;               // [L, 3, N], accumulate type; null: not wanted
-  void* scratch = nullptr;  // scratch_bytes(args), on a boundary of 64 bytes
+  void* scratch = nullptr;  // CUDA: scratch_bytes(args)
 };
 
-// Bytes of scratch, by the shape alone.
+// Bytes of scratch, for the current device.
 int64_t scratch_bytes(const Args& args);
 
 void launch_cuda(const Args& args, void* stream);
+
+// The name of the kernels that take this shape on the current device, with weights on boundaries of
+// 16 bytes: "layers" or "resident".
+const char* route_cuda(const Shape& shape);
 
 }  // namespace fastres::conv_stack

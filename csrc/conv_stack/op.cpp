@@ -16,8 +16,19 @@ namespace {
 constexpr const char* kName = "conv_stack";
 
 #if defined(FASTRES_CUDA)
-void run(const Args& a, const Tensor& x) {
-  on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
+void run(Args a, const Tensor& x) {
+  on_stream_of(x, [&](void* stream) {
+    const Tensor scratch = uninitialized(x, {scratch_bytes(a)}, ScalarType::Byte);
+    a.scratch = scratch.mutable_data_ptr();
+    launch_cuda(a, stream);
+  });
+}
+
+bool resident(const Tensor& x, bool tf32) {
+  const Shape s{x.size(0), x.size(1), x.size(2), x.size(3), 1, dtype_of(kName, "x", x), true, tf32};
+  bool found = false;
+  on_stream_of(x, [&](void*) { found = std::string(route_cuda(s)) == "resident"; });
+  return found;
 }
 #else
 // 512 KiB: with the weights of a block in the second cache of a core.
@@ -98,15 +109,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, cons
   Tensor y = uninitialized_like(x);
   Tensor sums = stats ? uninitialized(x, {blocks, 3, batch}, wide) : uninitialized(x, {0}, wide);
   const Shape s{batch, channels, x.size(2), x.size(3), blocks, dtype, channels_last, tf32};
-  Args args{s,
-            {weights[0].const_data_ptr(), weights[1].const_data_ptr(), weights[2].const_data_ptr(),
-             weights[3].const_data_ptr(), data_or_null(gate), gate ? gate->stride(0) : 0,
-             gate ? gate->stride(1) : 0},
-            x.const_data_ptr(),
-            y.mutable_data_ptr(),
-            stats ? sums.mutable_data_ptr() : nullptr};
-  const Tensor scratch = uninitialized(x, {scratch_bytes(args)}, ScalarType::Byte);
-  args.scratch = scratch.mutable_data_ptr();
+  const Args args{s,
+                  {weights[0].const_data_ptr(), weights[1].const_data_ptr(),
+                   weights[2].const_data_ptr(), weights[3].const_data_ptr(), data_or_null(gate),
+                   gate ? gate->stride(0) : 0, gate ? gate->stride(1) : 0},
+                  x.const_data_ptr(),
+                  y.mutable_data_ptr(),
+                  stats ? sums.mutable_data_ptr() : nullptr};
   if (y.numel()) run(args, x);
   else if (stats) torch::stable::zero_(sums);
   return {y, sums};
@@ -163,11 +172,13 @@ const numpy::Entry entry([](py::module_& m) {
 
 #if defined(FASTRES_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
+  m.impl("_conv_stack_resident", TORCH_BOX(&fastres::conv_stack::resident));
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "_conv_stack(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gate, bool stats, "
       "bool tf32) -> (Tensor, Tensor)");
+  m.def("_conv_stack_resident(Tensor x, bool tf32) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif
