@@ -30,6 +30,7 @@ VARIABLES = {  # that fastres honours -> what they are for
     "CXX": "installing: the C++ compiler",
     "FASTRES_ISA": "running: portable, avx2 or avx512 at most",
     "FASTRES_MLP_STACK": "running: layers or persistent, the CUDA kernels of mlp_stack",
+    "FASTRES_CONV_STACK": "running: layers, the CUDA kernels of conv_stack that take every shape",
     "FASTRES_DATA": "running: folder of MNIST and CIFAR-10",
     "FASTRES_TRACEBACK": "running: tracebacks of the command line's errors",
 }
@@ -119,6 +120,7 @@ def _cuda() -> Library:
         facts = {"built for": " ".join(f"sm_{arch}" for arch in archs)}
         if torch.cuda.is_available():
             facts["mlp_stack"] = _whole_stacks()
+            facts["conv_stack"] = _whole_stages()
         return _present(facts)
     if torch.version.cuda is None:
         install = "install a torch with CUDA"
@@ -141,6 +143,20 @@ def _whole_stacks() -> str:
         ]
         found.append(f"{max(fit, default=0)} {str(dtype).removeprefix('torch.')}")
     return f"one launch up to D = H = {', '.join(found)}; else layer by layer"
+
+
+def _whole_stages() -> str:
+    """Which stages of networks for CIFAR the current GPU takes in one launch, by dtype."""
+    resident, found = native.raw("_conv_stack_resident"), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        fit = [
+            f"{channels}x{side}x{side}"
+            for channels, side in ((16, 32), (32, 16), (64, 8))
+            if resident(torch.empty(1, channels, side, side, dtype=dtype, device="cuda"), True)
+        ]
+        name = str(dtype).removeprefix("torch.").replace("float32", "tf32")
+        found.append(f"{name} {' '.join(fit) or 'none'}")
+    return f"one launch for {', '.join(found)}; else layer by layer"
 
 
 def _present(facts: dict[str, str]) -> Library:
