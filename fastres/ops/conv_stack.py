@@ -13,7 +13,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastres.ops import native
 from fastres.ops.calls import check_gate, check_tensor, is_underived
 from fastres.ops.layout import accumulate, per_sample
-from fastres.ops.mlp_stack import allows_tf32
 from fastres.ops.mlp_stack_blocks import without_autocast
 from fastres.ops.stack_inputs import check_alike, check_shapes, expanded
 from fastres.ops.stats import Stats, sums_of
@@ -130,6 +129,15 @@ def composed(
     measured = torch.stack(sums) if sums else x.new_empty((0, 3, x.size(0)), dtype=wide)
     y = y.to(dtype).contiguous(memory_format=layout)
     return (y if sums else y.clone()), measured
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def allows_tf32() -> bool:
+    """Tell whether CUDA may round the factors of float32 convolutions to tf32, as torch does.
+
+    torch.compile cannot read that: what it compiles keeps what held then.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
