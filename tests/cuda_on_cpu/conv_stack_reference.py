@@ -28,7 +28,7 @@ class Case:
     gate: str  # "none", "blocks", "rows"
     sums: bool
     shift: int  # elements that x and the weights start off a 16-byte boundary
-    nan: bool
+    planted: float  # one number of x: NaN, infinity; 0: none is
 
     @property
     def element(self) -> Element:
@@ -48,13 +48,15 @@ def cases(seed: int = 0) -> Iterator[Case]:
         # One of them for each arithmetic, another one with the next seed.
         resident = RESIDENT[(index + seed) % 3 :][: tf32 or index >= 2]
         for shape in [*SHAPES, *resident]:
-            blocks = 2 if shape in RESIDENT else int(rng.choice(4, p=[0.1, 0.3, 0.3, 0.3]))
+            blocks = 2 if shape in RESIDENT else int(rng.choice(3, p=[0.1, 0.4, 0.5]))
             channels_last, sums, shifted, nan = (
                 bool(b) for b in rng.random(4) < [0.5, 0.8, 0.2, 0.1]
             )
             shifted = shifted and shape not in RESIDENT
             gate = str(rng.choice(["none", "blocks", "rows"]))
-            yield Case(index, tf32, shape, blocks, channels_last, gate, sums, int(shifted), nan)
+            # Where channels are filled up with zeros: no 0 times infinity may reach the others.
+            planted = math.inf if shape == SHAPES[1] else math.nan if nan else 0.0
+            yield Case(index, tf32, shape, blocks, channels_last, gate, sums, int(shifted), planted)
 
 
 @dataclass
@@ -78,8 +80,8 @@ class Inputs:
         for i, scale in enumerate((1, 1 / math.sqrt(9 * c), 0.5, 1 / math.sqrt(9 * c), 0.5)):
             values[i] *= scale
         x, w1, b1, w2, b2 = (exact(case, v) for v in values)
-        if case.nan:
-            x[-1, -1, -1, -1] = case.element.narrow(np.array([np.nan], case.element.wide))[0]
+        if case.planted:
+            x[-1, -1, -1, -1] = case.element.narrow(np.array([case.planted], case.element.wide))[0]
         if not case.channels_last:
             x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
         gate = None
