@@ -55,8 +55,7 @@ def rewrite(module: nn.Module, skips: Sequence[int] | None, recompute: bool) -> 
     mlp = mlp_of(module, adds[0], skips[0]) if len(adds) == 1 else None
     what = [_fuse(module, graph, *each) for each in zip(adds, skips, strict=True)]
     _activate(module, graph)
-    code = replace(write(arguments, graph, reads, recompute), mlp=mlp)
-    return code, ", ".join(what)
+    return replace(write(arguments, graph, reads, recompute), mlp=mlp), ", ".join(what)
 
 
 def read(module: nn.Module) -> tuple[Arguments, fx.Graph, frozenset[str]]:
