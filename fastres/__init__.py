@@ -1,7 +1,7 @@
 """fastres: residual networks, observed inside the kernels that add the branch to the stream."""
 
 from fastres import nn
-from fastres.fuse import Fusion, fuse, restore
+from fastres.fusing import Fusion, fuse, restore
 from fastres.gates import Gates, gate
 from fastres.ops import (
     Stats,

@@ -12,7 +12,7 @@ from models import torchvision
 from torch import nn
 
 import fastres
-from fastres import stacked
+from fastres.fusing import stacked
 from fastres.ops import native
 
 pytestmark = pytest.mark.skipif(

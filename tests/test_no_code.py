@@ -32,8 +32,8 @@ RUNS += r"|torch\.ops\.load_library|torch\.(jit|hub)\.load"
 KNOWN = {
     "fastres/cli.py": {"importlib.import_module"},  # MODULE:FACTORY, and fastres.info
     "fastres/cli_studies.py": {"importlib.import_module"},  # a study that the parser knows
-    "fastres/following.py": {"exec"},  # a call of a forward, of the names of its arguments
-    "fastres/fused.py": {"exec", "compile"},  # the code that fx writes from a model's graph
+    "fastres/fusing/following.py": {"exec"},  # a call of a forward, of the names of its arguments
+    "fastres/fusing/fused.py": {"exec", "compile"},  # the code that fx writes from a model's graph
     "fastres/nn/weights.py": {"torch.load(weights_only=True)"},
     "fastres/ops/native.py": {"importlib.import_module", "torch.ops.load_library"},  # its own
     "fastres/paths/saving.py": {"np.load(allow_pickle=False)"},

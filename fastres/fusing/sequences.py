@@ -1,4 +1,4 @@
-"""stacking: residual MLP blocks that follow each other in a Sequential, as one call."""
+"""sequences: residual MLP blocks that follow each other in a Sequential, as one call."""
 
 from __future__ import annotations
 

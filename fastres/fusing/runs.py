@@ -9,11 +9,11 @@ from typing import Final, Self, cast
 
 from torch import fx, nn
 
-from fastres.folding import Basic, conv_fits, is_idle
-from fastres.following import NotFused
-from fastres.fused import Code, is_bare
-from fastres.stacked import children_of, is_stacked, run_stack
-from fastres.stretches import RELUS, is_add, read, write
+from fastres.fusing.folding import Basic, conv_fits, is_idle
+from fastres.fusing.following import NotFused
+from fastres.fusing.fused import Code, is_bare
+from fastres.fusing.stacked import children_of, is_stacked, run_stack
+from fastres.fusing.stretches import RELUS, is_add, read, write
 
 _ALONE: Final = "no other block of its kind comes right before or after it"
 

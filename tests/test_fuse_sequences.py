@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import fastres
-from fastres import stacking
+from fastres.fusing import sequences
 from fastres.ops import native
 
 pytestmark = pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
@@ -53,9 +53,9 @@ def twins(kind, hidden=(6, 6, 6, 9, 9)):
 @pytest.fixture
 def calls(monkeypatch):
     """The blocks of each call of the stack."""
-    seen, run = [], stacking.fused_stack
+    seen, run = [], sequences.fused_stack
     monkeypatch.setattr(
-        stacking, "fused_stack", lambda x, w1, *rest: seen.append(len(w1)) or run(x, w1, *rest)
+        sequences, "fused_stack", lambda x, w1, *rest: seen.append(len(w1)) or run(x, w1, *rest)
     )
     return seen
 

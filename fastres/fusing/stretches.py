@@ -13,9 +13,18 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.declaring import add
-from fastres.following import Arguments, NotFused, graph_of
-from fastres.fused import NORMS, Code, activated, is_bare, is_fusible, join, norm_of, run_branch
-from fastres.stacking import mlp_of
+from fastres.fusing.following import Arguments, NotFused, graph_of
+from fastres.fusing.fused import (
+    NORMS,
+    Code,
+    activated,
+    is_bare,
+    is_fusible,
+    join,
+    norm_of,
+    run_branch,
+)
+from fastres.fusing.sequences import mlp_of
 
 _INTO: Final = (operator.iadd, "add_", "__iadd__")
 ADDS: Final = (operator.add, torch.add, add, "add", "__add__", *_INTO)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from fastres.declaring import is_heard
-from fastres.folding import KEPT, Folded, fold, gather
+from fastres.fusing.folding import KEPT, Folded, fold, gather
 from fastres.hooks import is_hooked
 from fastres.ops import native
 from fastres.ops.calls import is_underived

@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastres.following import NotFused
-from fastres.fused import SEQUENCE, Code, Fused, fused_class, norm_of
+from fastres.fusing.following import NotFused
+from fastres.fusing.fused import SEQUENCE, Code, Fused, fused_class, norm_of
+from fastres.fusing.runs import Stacks
+from fastres.fusing.stacked import forget
+from fastres.fusing.stretches import rewrite
+from fastres.fusing.verifying import Verified
 from fastres.ops.calls import check_flag
-from fastres.runs import Stacks
 from fastres.sites import Add, Site, Stack, visit
-from fastres.stacked import forget
-from fastres.stretches import rewrite
-from fastres.verifying import Verified
 
 __all__ = ["Fusion", "fuse", "restore"]
 

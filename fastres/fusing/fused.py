@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fastres.declaring import add, fused_add, fused_norm
-from fastres.folding import KEPT, Basic
+from fastres.fusing.folding import KEPT, Basic
+from fastres.fusing.sequences import Mlp, run_sequence
 from fastres.hooks import Hook, Idle, is_hooked
 from fastres.ops import native
 from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.recomputing import Recomputing
-from fastres.stacking import Mlp, run_sequence
 
 _numbers: Final = count()
 NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
