@@ -72,6 +72,16 @@ def gate(model: nn.Module, gates: GatesLike, step: int = 0) -> Iterator[Gates]:
         yield policy
 
 
+def gates_at(gates: GatesLike, step: int) -> Mapping[str, Gate]:
+    """Return the gates of a step, by site; errors are those of `gate`."""
+    if callable(gates):
+        now = gates(step)
+    else:
+        now = {name: g(step) if callable(g) else g for name, g in gates.items()}
+    _check_mapping(now)
+    return now
+
+
 class Gates:
     """Policy: scales the branch of every site that has a gate.
 
@@ -97,12 +107,7 @@ class Gates:
 
     def begin(self) -> None:
         """Ask for the gates of the pass that begins (called by Watch)."""
-        if callable(self._gates):
-            now = self._gates(self.step)
-        else:
-            given = self._gates.items()
-            now = {name: g(self.step) if callable(g) else g for name, g in given}
-        _check_mapping(now)
+        now = gates_at(self._gates, self.step)
         if self.sites:
             self._check_names(now)
         self._now = now

@@ -18,7 +18,7 @@ from fastres.checkpoint import load, restore_training, save, training_state
 from fastres.data import Data
 from fastres.files import alone_with
 from fastres.formats import DataError
-from fastres.gates import GatesLike, gate
+from fastres.gates import GatesLike, gate, gates_at
 from fastres.progress import bar
 
 
@@ -125,7 +125,8 @@ def _train(
     batches = math.ceil(count / recipe.batch_size)
     step = Stepper(model, recipe, recipe.epochs * batches)
     order = torch.Generator().manual_seed(seed)
-    kept = None if checkpoint is None else _Kept(checkpoint, step, order, _run(data, recipe, seed))
+    run = _run(data, recipe, seed, gates)
+    kept = None if checkpoint is None else _Kept(checkpoint, step, order, run)
     losses, start = [] if kept is None else kept.losses(), time.perf_counter()
     done = len(losses) * batches
     gated = nullcontext() if gates is None else gate(model, gates, step=done)
@@ -146,9 +147,19 @@ def _train(
     return History(tuple(losses), time.perf_counter() - start)
 
 
-def _run(data: Data, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """All that decides what a training does, but for the model: its tensors must fit."""
-    return {"data": data.checksum(), **asdict(recipe), "seed": seed, "torch": torch.__version__}
+def _run(data: Data, recipe: Recipe, seed: int, gates: GatesLike | None) -> dict[str, Any]:
+    """All that decides what a training does, but for the model: its tensors must fit.
+
+    Of gates it is those of the first step.
+    """
+    first = {} if gates is None else gates_at(gates, 0)
+    return {
+        "data": data.checksum(),
+        **asdict(recipe),
+        "seed": seed,
+        "torch": torch.__version__,
+        "gates": {name: torch.as_tensor(value).tolist() for name, value in first.items()},
+    }
 
 
 class _Kept:

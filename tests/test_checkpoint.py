@@ -99,7 +99,12 @@ def test_a_checkpoint_of_another_training_is_refused_and_nothing_changes(tmp_pat
     file = tmp_path / "a.safetensors"
     train(net(), blobs(), RECIPE, checkpoint=file)
     model = net(seed=3)
-    for arguments in ({"seed": 1}, {"recipe": Recipe(epochs=5)}, {"data": blobs(32)}):
+    for arguments in (
+        {"seed": 1},
+        {"recipe": Recipe(epochs=5)},
+        {"data": blobs(32)},
+        {"gates": {"0": 0.5}},
+    ):
         with pytest.raises(DataError, match="must be of a training with the same arguments"):
             train(model, **{"data": blobs(), "recipe": RECIPE, "checkpoint": file} | arguments)
     other = torch.nn.Linear(4, 2)
