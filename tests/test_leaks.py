@@ -49,7 +49,7 @@ def test_memory_does_not_grow_with_calls(name, record_property):
     size, blocks, alive = grown(lambda: EVERY[name](*SIZE), calls)
     record_property("calls", calls)
     record_property("resident_bytes", size)
-    assert alive == 0
+    assert alive <= 0  # what earlier tests have left may go meanwhile
     assert blocks < 2 * calls + 500  # an object with what belongs to it is more
     assert size < 4 << 20
 
