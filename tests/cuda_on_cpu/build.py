@@ -19,6 +19,7 @@ COMPILER = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}"]
+FLAGS += ["-fno-gnu-unique"]  # libraries in one process keep their options apart
 # Without optimisation: a third of the time to compile, and to run the little that there is.
 SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OWN_TYPES = ["-DCUDA_ON_CPU_OWN_TYPES"]
