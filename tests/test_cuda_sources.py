@@ -49,32 +49,25 @@ def test_nvcc_compiles_it_without_spills(source: Path, arch: str, tmp_path: Path
     assert set(frames) == {("0", "0")}
 
 
+ROOMS = {
+    "residual_add": (residual_add, residual_add_reference),
+    "batch_norm_residual": (batch_norm_residual, batch_norm_residual_reference),
+    "mlp_stack": (mlp_stack, mlp_stack_reference),
+    "mlp_stack_paths": (mlp_stack_paths, mlp_stack_paths_reference),
+    "path_accumulate": (path_accumulate, path_accumulate_reference),
+    "conv_stack": (conv_stack, conv_stack_reference),
+}
+
+
 @needs_fibers
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(
-    ("op", "reference"),
-    [
-        (residual_add, residual_add_reference),
-        (batch_norm_residual, batch_norm_residual_reference),
-        (mlp_stack, mlp_stack_reference),
-        (mlp_stack_paths, mlp_stack_paths_reference),
-        (path_accumulate, path_accumulate_reference),
-        (conv_stack, conv_stack_reference),
-    ],
-    ids=[
-        "residual_add",
-        "batch_norm_residual",
-        "mlp_stack",
-        "mlp_stack_paths",
-        "path_accumulate",
-        "conv_stack",
-    ],
-)
+@pytest.mark.parametrize("op", ROOMS)
 def test_results_are_right_and_the_same_in_every_order_of_the_threads(
-    op, reference, seed, record_property
+    op: str, seed, record_property
 ) -> None:
-    library = build.library(sources(op.__name__.split(".")[1]), build.toolkit())
-    in_order, shuffled = (op.Runner(str(library), s) for s in (0, seed))
+    room, reference = ROOMS[op]
+    library = build.library(sources(op), build.toolkit())
+    in_order, shuffled = (room.Runner(str(library), s) for s in (0, seed))
     count = 0
     for case in reference.cases(seed):
         written = zip(in_order.run(case), shuffled.run(case), strict=True)
@@ -119,17 +112,7 @@ def test_no_other_kernels_of_a_stack_can_be_chosen() -> None:
 
 
 @needs_fibers
-@pytest.mark.parametrize(
-    "op",
-    [
-        "residual_add",
-        "batch_norm_residual",
-        "mlp_stack",
-        "mlp_stack_paths",
-        "path_accumulate",
-        "conv_stack",
-    ],
-)
+@pytest.mark.parametrize("op", ROOMS)
 def test_kernels_stay_within_their_memory(op: str, record_property) -> None:
     if build.sanitizer() is None:
         pytest.skip(f"{build.COMPILER} has no libasan.so")
