@@ -249,7 +249,12 @@ def test_conv_stack_is_no_less_exact_than_twice_eager(device, data):
     assert largest_error([y], [exact]) <= 2 * max(largest_error([usual], [exact]), 4 * unit)
     least = 1e-12 if dtype == torch.float64 else 2e-5
     assert largest_error([stats.sums], [sums.sums]) <= least
-    assert not y.numel() or y.stride() == usual.stride()
+    places = [
+        (own, other)
+        for size, own, other in zip(y.shape, y.stride(), usual.stride(), strict=True)
+        if size > 1
+    ]
+    assert not y.numel() or all(own == other for own, other in places)
 
 
 @given(st.data())
@@ -292,11 +297,18 @@ def test_lengths_of_a_stack_are_those_of_float64(device, data):
     cast = [t.to(dtype) for t in given_stack]
     ours = lengths(*cast, longest, gate, activation, keep=True)
     wide = [t.double() for t in cast]
-    true = lengths_reference(*wide, longest, gate, activation, keep=True)
+    unit = torch.finfo(dtype).eps
+    near = [t + unit * t * (2 * torch.rand_like(t) - 1) for t in wide]
+    true, off = (
+        lengths_reference(*tensors, longest, gate, activation, keep=True)
+        for tensors in (wide, near)
+    )
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for name in ("rows", "tail", "gradient", "dots"):
         got, wanted = getattr(ours, name).double(), getattr(true, name)
-        assert ((got - wanted).abs() <= tolerance * wanted.abs().max()).all(), name
+        of_ulps = (getattr(off, name) - wanted).abs().max()  # where what is left is small
+        bound = torch.maximum(tolerance * wanted.abs().max(), 8 * of_ulps)
+        assert ((got - wanted).abs() <= bound).all(), name
 
 
 @pytest.mark.parametrize("kind", ["huge", "tiny", "holes"])
