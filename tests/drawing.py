@@ -25,6 +25,13 @@ def normal(shape, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def nearby(t: torch.Tensor, unit: float, seed: int) -> torch.Tensor:
+    """Change each value of float64 by up to `unit` of it."""
+    generator = torch.Generator().manual_seed(seed)
+    part = 2 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device) - 1
+    return t + unit * part * t
+
+
 KINDS = ("normal", "alike", "wide", "tiny", "huge", "holes")
 
 
