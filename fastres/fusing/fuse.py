@@ -94,7 +94,8 @@ def fuse(
             them, which is measured; else all blocks are left. None: if there is an example.
         recompute: Whether the backward pass computes again, bit for bit, what one pass over memory
             gives: activations of batch norms within a branch, and every other sum of an identity
-            block. A ResNet of basic blocks then keeps 0.65 of what it kept, for a tenth of its step.
+            block. A ResNet of basic blocks then keeps 0.65 of what it kept; its step takes a tenth
+            longer.
         stacks: Whether two or more basic blocks in a row (two convolutions of 3x3 with batch norm,
             identity skip, ReLU at the end) run as one `conv_stack` in eval mode, their batch norms
             folded into weights that are kept until a parameter or buffer is changed. Where a
