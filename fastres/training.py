@@ -95,6 +95,7 @@ def train(
         seed: Of the order of the minibatches, an own generator.
         device: Where to train.
         gates: Scale the branches in every step, as `fastres.gate` does; None: nothing is scaled.
+            With a checkpoint a schedule is asked for step 0 once more: those gates name the run.
         progress: Label of a progress bar on stderr; None for no bar.
         checkpoint: A file that keeps the training after each epoch; where it is there, the training
             goes on from it, with the random numbers of then. None: nothing is kept.
@@ -125,8 +126,9 @@ def _train(
     batches = math.ceil(count / recipe.batch_size)
     step = Stepper(model, recipe, recipe.epochs * batches)
     order = torch.Generator().manual_seed(seed)
-    run = _run(data, recipe, seed, gates)
-    kept = None if checkpoint is None else _Kept(checkpoint, step, order, run)
+    kept = None
+    if checkpoint is not None:
+        kept = _Kept(checkpoint, step, order, _run(data, recipe, seed, gates))
     losses, start = [] if kept is None else kept.losses(), time.perf_counter()
     done = len(losses) * batches
     gated = nullcontext() if gates is None else gate(model, gates, step=done)
