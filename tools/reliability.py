@@ -32,7 +32,7 @@ PARTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "fuzz": (["tests/test_fuzz.py", "--hypothesis-profile=nightly"], {}),
     "repeats": (["tests/test_repeatable.py"], {}),
     "kernels": (["tests/test_cuda_sources.py"], {}),
-    "sanitizers": (["tests/test_sanitizers.py"], {"FASTRES_TSAN": "1"}),
+    "sanitizers": (["tests/test_sanitizers.py"], {}),
     "leaks": (["tests/test_leaks.py", "tests/test_workers.py"], {"FASTRES_CALLS": "10000"}),
     "kills": (["tests/test_survival.py"], {"FASTRES_KILLS": "200"}),
     "damage": (["tests/test_damage.py"], {"FASTRES_DAMAGES": "500"}),
