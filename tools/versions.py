@@ -27,7 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = (
-    "residual_add", "batch_norm_residual", "mlp_stack", "mlp_stack_paths", "path_accumulate",
+    "residual_add", "batch_norm_residual", "mlp_stack", "conv_stack", "mlp_stack_paths",
+    "path_accumulate",
 )  # fmt: skip
 TESTS = [*OPERATORS, "record", "fuse"]
 FACTS = """
