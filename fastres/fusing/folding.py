@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from fastres.hooks import Idle
+from fastres.hooks import has_no_hooks
 from fastres.ops.conv_stack import as_packed
 
 KEPT: Final = "_folded"  # in the __dict__ of a stack's first block: its Folded
@@ -30,6 +30,12 @@ class Basic:
     convs: tuple[str, str]
     norms: tuple[str, str]
     others: tuple[str, ...]  # ReLU, and what does nothing
+
+
+def basic_of(block: nn.Module) -> Basic | None:
+    """Return what `fuse` has found a block to be."""
+    basic: Basic | None = getattr(getattr(type(block), "code", None), "basic", None)
+    return basic
 
 
 class Folded:
@@ -92,23 +98,12 @@ def conv_fits(conv: nn.Module) -> bool:
     return all(getattr(conv, name) == value for name, value in _CONV.items())
 
 
-def has_no_hooks(module: nn.Module) -> bool:
-    """Tell whether calling a module is calling the forward of its class."""
-    space = module.__dict__
-    if "forward" in space or space["_backward_hooks"] or space["_backward_pre_hooks"]:
-        return False
-    before, after = space["_forward_pre_hooks"], space["_forward_hooks"]
-    return not (before or after) or all(
-        type(hook) is Idle for some in (before, after) for hook in some.values()
-    )
-
-
 def gather(blocks: tuple[nn.Module, ...]) -> Folded | None:
     """Note all that a stack of these blocks depends on; None if they are none."""
     found = Folded(blocks)
     for block in blocks:
-        basic = getattr(type(block), "basic", None)
-        if not isinstance(basic, Basic) or not has_no_hooks(block):
+        basic = basic_of(block)
+        if basic is None or not has_no_hooks(block):
             return None
         found.note(block)
         if not all(_read(found, block, name) for name in basic.others):
@@ -161,7 +156,7 @@ def fold(blocks: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
     parts: list[list[Tensor]] = [[], [], [], []]  # w1, b1, w2, b2
     dtype = torch.float64
     for block in blocks:
-        basic = cast("Any", type(block)).basic
+        basic = cast("Basic", basic_of(block))
         for i, (conv, norm) in enumerate(zip(basic.convs, basic.norms, strict=True)):
             module = cast("nn.Conv2d", block._modules[conv])
             dtype = module.weight.dtype

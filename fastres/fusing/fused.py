@@ -170,7 +170,6 @@ class Fused(nn.Module):
 
     original: ClassVar[type[nn.Module]]
     code: ClassVar[Code]
-    basic: ClassVar[Basic | None]  # of code, in reach of `run_stack`
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the block gets its own forward back if that has read it."""
@@ -222,7 +221,6 @@ def fused_class(original: Any, code: Code) -> type[nn.Module]:
     body = {
         "original": original,
         "code": code,
-        "basic": code.basic,
         "forward": _recomputing(forward) if code.recomputes else forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import has_torch_function_unary
 
 from fastres.declaring import fused_stack, is_heard
+from fastres.hooks import has_no_hooks, is_hooked
 from fastres.ops import native
 
 _FUNCTIONS: Final = {
@@ -98,7 +98,7 @@ def _is_special(x: Tensor) -> bool:
         or x.dim() < 2
         or not native.runs_on(x)
         or torch.is_autocast_enabled(x.device.type)
-        or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+        or is_hooked()
     )
 
 
@@ -126,7 +126,9 @@ def _weights(block: nn.Module, activation: str, x: Tensor) -> Weights | None:
         return None
     modules = [block.get_submodule(name) for name in mlp.modules]
     first, last = modules[:2]
-    if type(first) is not nn.Linear or type(last) is not nn.Linear or _is_hooked([block, *modules]):
+    if type(first) is not nn.Linear or type(last) is not nn.Linear:
+        return None
+    if not all(map(has_no_hooks, [block, *modules])):
         return None
     found = first.weight, first.bias, last.weight, last.bias
     if any(t is None or t.dtype != x.dtype or t.device != x.device for t in found):
@@ -135,14 +137,3 @@ def _weights(block: nn.Module, activation: str, x: Tensor) -> Weights | None:
     # Below, the copies of the weights would take more memory than the blocks keep.
     fits = fits and x.numel() // x.size(-1) >= 2 * max(first.weight.shape)
     return cast("Weights", found) if fits else None
-
-
-def _is_hooked(modules: Sequence[nn.Module]) -> bool:
-    return any(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or "forward" in vars(m)
-        for m in modules
-    )
