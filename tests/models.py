@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -18,6 +19,8 @@ from fastres.sites import add
 
 def torchvision() -> ModuleType:
     """Import torchvision; its PyPI build on a CPU torch lacks two schemas, which are stubbed."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("no torchvision")
     try:
         importlib.import_module("torchvision.models")
     except RuntimeError as error:
