@@ -2,9 +2,7 @@
 #include "../common/op.h"
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
-#include <atomic>
-
-#include "../common/buffer.h"
+#include "../common/batch.h"
 #include "../common/numpy.h"
 #include "cpu.h"
 #endif
@@ -30,9 +28,6 @@ bool resident(const Tensor& x, bool tf32) {
   return found;
 }
 #else
-// 512 KiB: with the weights of a block in the second cache of a core.
-constexpr int64_t kGroupBytes = 512 << 10;
-
 // Threads that take all images together, or 1: they do where that leaves none of them idle for
 // longer than they need to meet.
 int members_for(const Shape& s, int64_t threads) {
@@ -43,27 +38,15 @@ int members_for(const Shape& s, int64_t threads) {
 
 void run(const Args& a) {
   const Shape& s = a.shape;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int members = members_for(s, threads);
-  if (members > 1) {
-    const Buffer buffer(buffer_bytes(s, s.batch));
-    Team team;
-    torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
-      // Where there is one thread after all it gets the whole range.
-      forward_together_for_this_cpu()(a, buffer.data(), team, end - begin == members ? 1 : members);
+  if (const int members = members_for(s, torch::stable::get_num_threads()); members > 1)
+    return as_team(members, buffer_bytes(s, s.batch), [&](void* buffer, Team& team, int wanted) {
+      forward_together_for_this_cpu()(a, buffer, team, wanted);
     });
-    return;
-  }
-  const int64_t most = std::max<int64_t>(1, kGroupBytes / buffer_bytes(s, 1));
-  const int64_t groups = threads * ceil_div(s.batch, threads * most);  // as many for each thread
-  const int64_t images = ceil_div(s.batch, groups), count = ceil_div(s.batch, images);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    const Buffer buffer(buffer_bytes(s, images));
-    for (int64_t group = next++; group < count; group = next++)
-      forward_for_this_cpu()(a, group * images, std::min(images, s.batch - group * images),
-                             buffer.data());
-  });
+  for_tiles(
+      s.batch, 1, [&](int64_t images) { return buffer_bytes(s, images); },
+      [&](int64_t, int64_t image, int64_t images, void* buffer) {
+        forward_for_this_cpu()(a, image, images, buffer);
+      });
 }
 void run(const Args& a, const Tensor&) { run(a); }
 #endif

@@ -5,7 +5,7 @@
 #include <array>
 #include <atomic>
 
-#include "../common/buffer.h"
+#include "../common/batch.h"
 #include "../common/numpy.h"
 #include "cpu.h"
 #endif
@@ -32,43 +32,21 @@ void run(const BackwardArgs& a, const Tensor& x) {
 // 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
 constexpr int64_t kLeftBytes = 2 << 20;
 
-// Passes all samples through `alone`(tile, row, rows, buffer), each tile of whole `step`s of
-// samples, begun in their order.
-template <class Bytes, class Alone>
-void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& alone) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t steps = ceil_div(s.batch, step);
-  // 512 KiB: with the weights of a chunk in the second cache of a core.
-  const int64_t fixed = bytes(s, 0), each = bytes(s, step) - fixed;
-  const int64_t most = std::max<int64_t>(1, ((512 << 10) - fixed) / each);
-  const int64_t tiles = threads * ceil_div(steps, threads * most);  // as many for each thread
-  const int64_t rows = ceil_div(steps, tiles) * step, count = ceil_div(s.batch, rows);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    const Buffer buffer(bytes(s, rows));
-    for (int64_t tile = next++; tile < count; tile = next++)
-      alone(tile, tile * rows, std::min(rows, s.batch - tile * rows), buffer.data());
-  });
-}
-
-// The same, but as one tile through `together`(buffer, team, members) where not all threads find
-// one.
+// Passes all samples through `alone`(row, rows, buffer) tile by tile, or as one tile through
+// `together`(buffer, team, members) where not all threads find one.
 template <class Bytes, class Alone, class Together>
 void for_tiles(const Shape& s, const Bytes& bytes, const Alone& alone, const Together& together) {
   const int members = members_for(s, torch::stable::get_num_threads());
-  if (members == 1) return for_tiles(s, kLargestGroup, bytes, alone);
-  const Buffer buffer(bytes(s, s.batch));
-  Team team;
-  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
-    // Where there is one thread after all it gets the whole range.
-    together(buffer.data(), team, end - begin == members ? 1 : members);
-  });
+  if (members > 1) return as_team(members, bytes(s, s.batch), together);
+  fastres::for_tiles(
+      s.batch, kLargestGroup, [&](int64_t rows) { return bytes(s, rows); },
+      [&](int64_t, int64_t row, int64_t rows, void* buffer) { alone(row, rows, buffer); });
 }
 
 void run(const Args& a) {
   for_tiles(
       a.shape, forward_tile_bytes,
-      [&](int64_t, int64_t row, int64_t rows, void* buffer) {
+      [&](int64_t row, int64_t rows, void* buffer) {
         forward_for_this_cpu()(a, row, rows, buffer);
       },
       [&](void* buffer, Team& team, int members) {
@@ -77,21 +55,19 @@ void run(const Args& a) {
 }
 void run_in_turns(const BackwardArgs& a) {
   std::vector<std::atomic<int64_t>> done(ceil_div(a.shape.batch, kSlab));  // of each tile
-  const auto bytes = [](const Shape& s, int64_t rows) {
-    return chain_tile_bytes(s, rows) + left_bytes(s);
-  };
-  for_tiles(a.shape, kSlab, bytes, [&](int64_t tile, int64_t row, int64_t rows, void* buffer) {
-    const Turn turn{tile ? &done[tile - 1] : nullptr, &done[tile]};
-    chain_in_turn_for_this_cpu()(a, row, rows, buffer, turn);
-  });
+  const Shape& s = a.shape;
+  const auto bytes = [&](int64_t rows) { return chain_tile_bytes(s, rows) + left_bytes(s); };
+  fastres::for_tiles(s.batch, kSlab, bytes,
+                     [&](int64_t tile, int64_t row, int64_t rows, void* buffer) {
+                       const Turn turn{tile ? &done[tile - 1] : nullptr, &done[tile]};
+                       chain_in_turn_for_this_cpu()(a, row, rows, buffer, turn);
+                     });
 }
 void run(const BackwardArgs& a) {
   if (in_turns(a)) return run_in_turns(a);
   for_tiles(
       a.shape, chain_tile_bytes,
-      [&](int64_t, int64_t row, int64_t rows, void* buffer) {
-        chain_for_this_cpu()(a, row, rows, buffer);
-      },
+      [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);
       });
