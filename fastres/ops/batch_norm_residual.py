@@ -146,8 +146,10 @@ def run(
         if momentum is None and num_batches_tracked is not None:
             momentum = 1 / float(num_batches_tracked)
         if count and momentum is not None:
-            _move(running_mean, mean, momentum)
-            _move(running_var, var * (count / (count - 1)), momentum)
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1))
+                batch = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
+                torch._foreach_lerp_([running_mean, running_var], batch, momentum)
     return y, Stats(sums)
 
 
@@ -163,12 +165,6 @@ def _is_plain(x: Tensor, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
         and not torch.compiler.is_compiling()
         and is_underived(x, f, weight, bias)
     )
-
-
-def _move(running: Tensor, to: Tensor, factor: float) -> None:
-    """Move a running statistic towards that of a batch."""
-    with torch.no_grad():
-        running.lerp_(to.detach().to(running.dtype), factor)
 
 
 def _is_composed() -> bool:
