@@ -66,12 +66,15 @@ template <class A> FASTRES_HD Tile<A> first(int64_t n, const Tile<A>& t) {
 
 FASTRES_HD Tile<double> widen(const Tile<double>& t) { return t; }
 FASTRES_HD Tile<double> widen(const Tile<float>& t) {
-  using Vector = typename Tile<double>::Vector;
-  using Part = typename Packed<float, Tile<double>::kWidth>::type;
   return Tile<double>::map([&](int i) {
-    Part part;
-    std::memcpy(&part, reinterpret_cast<const char*>(&t) + i * sizeof part, sizeof part);
+    using Vector = typename Tile<double>::Vector;
+    using Part = typename Packed<float, Tile<double>::kWidth>::type;
+    const Part part = half_of<Part>(t.v[i / 2], i % 2);
+#if defined(__AVX512F__)  // gcc would convert it in two halves
+    return (Vector)_mm512_maskz_cvtps_pd(0xff, (__m256)part);
+#else
     return __builtin_convertvector(part, Vector);
+#endif
   });
 }
 

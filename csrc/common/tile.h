@@ -34,6 +34,20 @@ template <class E, int N> struct Packed {
   typedef E type __attribute__((vector_size(N * sizeof(E))));
 };
 
+// Half i of a vector. Of a register of AVX-512 gcc would take it through memory.
+template <class Half, class Vector> FASTRES_HD Half half_of(const Vector& v, int i) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Vector) == 64) {
+    const __m512d all = (__m512d)v;
+    return (Half)(i ? _mm512_maskz_extractf64x4_pd(0xff, all, 1)
+                    : _mm512_maskz_extractf64x4_pd(0xff, all, 0));
+  }
+#endif
+  Half half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + i * sizeof half, sizeof half);
+  return half;
+}
+
 template <class A> struct Tile {
   using Vector = typename VectorOf<A>::type;
   static constexpr int kWidth = kVectorBytes / sizeof(A);
@@ -75,10 +89,8 @@ template <class A> struct Tile {
   template <int N> FASTRES_HD static A sum_halves(const typename Packed<A, N>::type& s) {
     if constexpr (N == 1) return s[0];
     else {
-      typename Packed<A, N / 2>::type low, high;
-      std::memcpy(&low, &s, sizeof low);
-      std::memcpy(&high, reinterpret_cast<const char*>(&s) + sizeof low, sizeof high);
-      return sum_halves<N / 2>(low + high);
+      using Half = typename Packed<A, N / 2>::type;
+      return sum_halves<N / 2>(half_of<Half>(s, 0) + half_of<Half>(s, 1));
     }
   }
 };

@@ -131,8 +131,8 @@ def run(
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=wide, device=f.device).expand(f.size(0))
     statistics = (None, None) if training else (running_mean, running_var)
-    small = [t if t is None or t.dtype is wide else t.to(wide) for t in (weight, bias, *statistics)]
-    given: tuple[Any, ...] = (None if x is None else x.to(dtype), f.to(dtype), *small, gate)
+    small = [_cast(t, wide) for t in (weight, bias, *statistics)]
+    given: tuple[Any, ...] = (_cast(x, dtype), _cast(f, dtype), *small, gate)
     if plain or FORWARD is None or not native.runs_on(f) or _is_composed():
         y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
@@ -151,6 +151,11 @@ def run(
                 batch = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
                 torch._foreach_lerp_([running_mean, running_var], batch, momentum)
     return y, Stats(sums)
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast what is not of the dtype: a call of `to` that does nothing takes 2 us."""
+    return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
 def _is_plain(x: Tensor, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:

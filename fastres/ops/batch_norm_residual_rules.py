@@ -129,17 +129,17 @@ class BatchNormResidual(torch.autograd.Function):
             gx = gx if ctx.needs_input_grad[0] else None
             return gx, gf, gweight, gbias, None, None, ggate, None, None
         mask, _, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
-        skip, gated = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        skip, _, scaled, shifted, *_, gated, _, _ = ctx.needs_input_grad
         gy = in_layout(gy, ctx.strides)
         gx, gf, gaffine, ggate = BACKWARD(
             *(gy, mask, f, weight, bias, mean, var, lost, gate),
-            *(ctx.eps, ctx.training, skip, any(ctx.needs_input_grad[2:4]), gated),
+            *(ctx.eps, ctx.training, skip, scaled or shifted, gated),
         )
         return (
             (gy if mask is None else gx) if skip else None,
             gf,
-            gaffine[0] if ctx.needs_input_grad[2] else None,
-            gaffine[1] if ctx.needs_input_grad[3] else None,
+            gaffine[0] if scaled else None,
+            gaffine[1] if shifted else None,
             None,
             None,
             ggate if gated else None,

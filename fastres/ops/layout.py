@@ -40,6 +40,8 @@ def empty_like_first_dense(*tensors: Tensor) -> Tensor:
 
 def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return t itself where it has these strides, else a copy that has them."""
+    if t.stride() == strides:
+        return t
     layout = zip(t.shape, t.stride(), strides, strict=True)
     if all(size == 1 or have == want for size, have, want in layout):
         return t
