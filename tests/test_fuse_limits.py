@@ -93,19 +93,17 @@ def test_a_block_that_cannot_be_written_anew_is_left_and_reported(kind, why):
 
 
 def test_batch_norms_of_another_class_or_with_hooks_or_a_forward_are_left():
-    model = nn.Sequential(*(Akamaster(3, 3) for _ in range(5)))
+    model = nn.Sequential(*(Akamaster(3, 3) for _ in range(4)))
     model[0].bn2 = Own(3)
     model[1].bn2.register_forward_hook(lambda *_: None)
-    model[2].bn2 = nn.SyncBatchNorm(3)
-    model[3].forward = model[3].forward
+    model[2].forward = model[2].forward
     fusion = fastres.fuse(model.eval(), images())
     assert fusion.left == {
         "0": "its batch norm bn2 is a Own",
         "1": "its batch norm bn2 has hooks",
-        "2": "its batch norm bn2 is a SyncBatchNorm",
-        "3": "it has a forward of its own",
+        "2": "it has a forward of its own",
     }
-    assert fusion.fused.keys() == {"4"}
+    assert fusion.fused.keys() == {"3"}
 
 
 def test_a_subclass_is_fused_by_its_own_forward():

@@ -132,6 +132,34 @@ def test_it_trains_under_distributed_data_parallel(kind):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-3)
 
 
+@some
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_sync_batch_norm_runs_as_it_is_where_it_is_shared(kind, shared, monkeypatch):
+    runs = []
+
+    def forward(norm, x):  # torch's own takes no CPU tensor where there is a process group
+        runs.append(norm)
+        return nn.BatchNorm2d.forward(norm, x)
+
+    if shared:
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(net(kind).train())
+    fused = copy.deepcopy(plain)
+    assert fastres.fuse(fused, images()).fused.keys() == {"1", "2", "3"}
+    runs.clear()
+    for model in (plain, fused):
+        model(images()).square().sum().backward()
+    norms = [m for model in (plain, fused) for m in model.modules() if type(m) is nn.SyncBatchNorm]
+    assert len(runs) == len(set(runs))
+    assert set(runs) == set(norms if shared else [])
+    for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-4)
+    for p, q in zip(plain.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(q, p)
+    torch.testing.assert_close(fused.eval()(images()), plain.eval()(images()))
+
+
 def test_one_within_distributed_data_parallel_is_fused():
     plain = net(Kuangliu)
     with tempfile.NamedTemporaryFile() as file:

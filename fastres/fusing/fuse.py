@@ -82,7 +82,8 @@ def fuse(
     exact class. At every call they are looked at again: mode, momentum and statistics are those of
     the moment, and one that was exchanged, or got a hook, runs as a module of its own. Setting an
     attribute that a block's forward has read gives the block its own forward back.
-    nn.SyncBatchNorm is left: its statistics need the other processes.
+    nn.SyncBatchNorm runs as it is where it takes statistics of other processes, the add and the
+    ReLU after it as one operator.
 
     Args:
         model: Any module, changed in place; not compiled, scripted or quantized.

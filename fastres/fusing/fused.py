@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -22,7 +23,7 @@ from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.recomputing import Recomputing
 
 _numbers: Final = count()
-NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Branch = tuple[Tensor, nn.Module | None]  # and the batch norm that is still to come
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # [C] each
 
@@ -47,6 +48,14 @@ def norm_of(tail: nn.Module) -> nn.Module | None:
     return tail if is_bare(tail, *NORMS) else None
 
 
+def is_shared(norm: nn.Module) -> bool:
+    """Tell whether a batch norm takes its statistics from other processes too: torch reduces them.
+
+    Then it runs as a module of its own, and what comes after it is still one operator.
+    """
+    return type(norm) is nn.SyncBatchNorm and norm.training and dist.is_initialized()
+
+
 def run_branch(tail: nn.Module, x: Tensor) -> Branch:
     """Run the end of a branch, but not the batch norm that it ends in: `join` does.
 
@@ -54,7 +63,7 @@ def run_branch(tail: nn.Module, x: Tensor) -> Branch:
     on a device without kernels, runs as it would without fastres.
     """
     norm = None if is_hooked() or not native.runs_on(x) else norm_of(tail)
-    if norm is None:
+    if norm is None or is_shared(norm):
         return tail(x), None
     while tail is not norm:
         *parts, tail = cast("nn.Sequential", tail).children()
@@ -79,7 +88,13 @@ def _run_parts(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
 def activated(norm: nn.Module, f: Tensor, relu: nn.Module | None = None) -> Tensor:
     """Run a batch norm within a branch, and the ReLU after it: that module, or the function."""
     bare = is_bare(norm, *NORMS) and (relu is None or is_bare(relu, nn.ReLU))
-    if not bare or is_hooked() or not native.runs_on(f) or torch.compiler.is_compiling():
+    if (
+        not bare
+        or is_shared(norm)
+        or is_hooked()
+        or not native.runs_on(f)
+        or torch.compiler.is_compiling()
+    ):
         f = norm(f)
         return F.relu(f) if relu is None else relu(f)
     norm._check_input_dim(f)  # type: ignore[operator]
