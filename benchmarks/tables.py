@@ -114,10 +114,11 @@ def caption(report: Report) -> str:
     return text + (f" Not measured: {', '.join(sorted(missing))}." if missing else "")
 
 
-# Study -> what its arguments say of a run, before device and date.
+# Folder in docs -> what its arguments say of a run, before device and date.
 STUDIES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": lambda a: "",
     "hauser": lambda a: "",
+    "hauser_cifar10": lambda a: "",
     "lagzi": lambda a: "",
     "li": lambda a: f"{a['data']}; {a['training']}, {len(a['rates'])} rates, {a['seeds']} seeds; ",
     "littwin_wolf": lambda a: f"{a['epochs']} epochs at the rate {a['lr']}, {a['seeds']} seeds; ",
@@ -131,9 +132,10 @@ STUDIES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def study(name: str) -> str:
     """Return what a study printed when its folder in docs was made, of what, and where."""
-    form = import_module(f"fastres.studies.{name}").FORM
     file = ROOT / "docs" / name.replace("_", "-") / "report.json"
     content = json.loads(file.read_text())
+    module = content["arguments"]["study"].replace("-", "_")
+    form = import_module(f"fastres.studies.{module}").FORM
     text, made = form.text([form.parse(row) for row in content["rows"]]), content["environment"]
     plural = "" if made["threads"] == 1 else "s"
     return (
