@@ -339,6 +339,6 @@ def test_the_page_says_what_the_run_measured():
         f"{sum(v < 0.05 for v in inside.values())} of {len(inside)} raise the error by less than",
         f"the mean of all is {sum(inside.values()) / len(inside):.3f}",
         f"(+{single['layer1.7']:.3f} and +{single['layer1.1']:.3f})",
-        f"the mean of the three from {several[5]:.2f} to {again[5]:.2f}",
+        f"the mean of the ten from {several[5]:.2f} to {again[5]:.2f}",
     ):
         assert claim in page

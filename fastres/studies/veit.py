@@ -52,7 +52,7 @@ class Options:
     data_root: str | None = None
     depth: int | None = None  # layers; None: 56, or 110 of the full study
     images: int | None = None  # of the test batch; None: 1000, or all of the full study
-    draws: int = 3  # lesions of each size, orders of each number of swaps
+    draws: int = 10  # lesions of each size, orders of each number of swaps
     seed: int = 0
     full: bool = False  # train the networks of the paper on CIFAR-10, by the options that follow
     device: str = "cpu"
