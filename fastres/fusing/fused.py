@@ -53,7 +53,9 @@ def is_shared(norm: nn.Module) -> bool:
 
     Then it runs as a module of its own, and what comes after it is still one operator.
     """
-    return type(norm) is nn.SyncBatchNorm and norm.training and dist.is_initialized()
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return False
+    return dist.is_available() and dist.is_initialized()
 
 
 def run_branch(tail: nn.Module, x: Tensor) -> Branch:
