@@ -195,3 +195,28 @@ def test_a_batch_norm_without_a_skip_is_within_twice_the_error_of_torch(dtype, r
     for exact, usual, value in zip(*found, strict=True):
         error, allowed = ((t - exact).norm() for t in (value, usual))
         assert error <= 2 * allowed + 1e-6 * exact.norm()
+
+
+def test_a_sum_that_is_written_to_without_gradients_is_kept():
+    class Clamp(nn.Module):
+        def forward(self, y):
+            with torch.no_grad():
+                y.clamp_(max=0.5)
+            return y
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.clamp, self.last = Clamp(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.last(self.clamp(x + self.norm(self.conv(x))))
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Clamped()).train()
+    fused = copy.deepcopy(plain)
+    assert fastres.fuse(fused, recompute=True).fused
+    for model in (plain, fused):
+        model(images()).square().sum().backward()
+    torch.testing.assert_close(fused[0].last.weight.grad, plain[0].last.weight.grad)

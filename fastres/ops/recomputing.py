@@ -107,7 +107,7 @@ class Recomputing:
 
     def _pack(self, t: Tensor) -> Any:
         way = getattr(t.grad_fn, "way", None)
-        if isinstance(way, Way):
+        if isinstance(way, Way) and t._version == 0:  # it is still what the node put out
             way.use()
             return t.grad_fn
         if id(t) in self._kept:
