@@ -134,3 +134,8 @@ def test_copies_are_stacked_too_and_restore_gives_all_back():
     fastres.restore(fused)
     assert type(fused[1]) is nn.Sequential
     assert torch.equal(fused(x), plain(x))
+
+
+def test_on_meta_tensors_the_blocks_run_by_themselves():
+    _, fused = twins(Written)
+    assert fused.to("meta")(torch.empty(20, 3, device="meta")).shape == (20, 2)

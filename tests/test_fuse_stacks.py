@@ -10,6 +10,7 @@ import torch
 from fuse_models import Akamaster, Handwritten, Kuangliu, images
 from models import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fastres
 from fastres.fusing import stacked
@@ -197,3 +198,118 @@ def test_copies_pickles_and_restore_work_after_a_call():
 def test_stacks_must_be_a_bool():
     with pytest.raises(TypeError, match="fuse: stacks must be a bool, got int"):
         fastres.fuse(rows(Akamaster), images(), stacks=1)
+
+
+def step(model, make):
+    """One step of an optimizer in eval mode."""
+    optimizer = make(model.parameters())
+    model(images()).square().mean().backward()
+    optimizer.step()
+
+
+def frozen(model):
+    """Training mode, but for the batch norms."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def by_data(model):
+    """A step written through `.data`, in training mode with frozen batch norms."""
+    frozen(model)
+    model(images()).square().mean().backward()
+    for p in model.parameters():
+        p.data.sub_(p.grad, alpha=0.1)
+    model.eval()
+
+
+def late(model):
+    """A pass with gradients, one without, then the step of a fused optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    y = model(images())
+    with torch.no_grad():
+        model(images())
+    y.square().mean().backward()
+    optimizer.step()
+
+
+def rounded(model):
+    """Other numbers, at the same address and version as it may be."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.half().float()
+
+
+def plain_weight(model):
+    """A weight that is no Parameter, written in place."""
+    model.requires_grad_(requires_grad=False)
+    conv = model[1][0].conv1
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.weight = weight
+    with torch.no_grad():
+        model(images())
+    weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: step(model, lambda p: torch.optim.Adam(p, 1e-2, fused=True)),
+        lambda model: step(model, lambda p: torch.optim.SGD(p, 1e-1, fused=True)),
+        lambda model: step(model, lambda p: torch.optim.AdamW(p, 1e-2)),
+        by_data,
+        late,
+        rounded,
+        plain_weight,
+    ],
+    ids=["adam", "sgd", "adamw", "data", "late", "rounded", "plain"],
+)
+def test_no_way_to_train_leaves_old_weights_behind(change, calls):
+    plain, model, _ = twins(rows, Akamaster)
+    for each in (plain, model):
+        with torch.no_grad():
+            before = each(images())
+        change(each)
+        with torch.no_grad():
+            after = each(images())
+    assert calls
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, plain(images()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_mode_below_the_one_of_a_device_sees_the_blocks(calls):
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    _, model, _ = twins(rows, Akamaster)
+    calls.clear()
+    with torch.no_grad(), Seeing(), torch.device("cpu"):
+        model(images())
+    assert not calls
+    assert torch.conv2d in seen
+
+
+def test_a_list_of_blocks_that_loses_a_list_runs_on():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            stages = ([Akamaster(3, 3), Akamaster(3, 3)] for _ in range(2))
+            self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
+
+        def forward(self, x):
+            for stage in self.stages:
+                for block in stage:
+                    x = block(x)
+            return x
+
+    plain, model, fusion = twins(lambda: settle(Net()))
+    assert len(fusion.stacked) == 4
+    for each in (plain, model):
+        del each.stages[1]
+    with torch.no_grad():
+        close(model(images()), plain(images()))

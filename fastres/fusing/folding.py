@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from operator import is_
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastres.hooks import has_no_hooks
 from fastres.ops.conv_stack import as_packed
@@ -34,8 +36,22 @@ class Basic:
 
 def basic_of(block: nn.Module) -> Basic | None:
     """Return what `fuse` has found a block to be."""
-    basic: Basic | None = getattr(getattr(type(block), "code", None), "basic", None)
+    basic: Basic | None = getattr(getattr(type(block), "_fused_code", None), "basic", None)
     return basic
+
+
+class _Steps:
+    """Counts the steps of all optimizers: fused ones leave no trace in a tensor's version."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.taken += 1
+
+
+_steps: Final = cache(_Steps)  # begins with the first stack
 
 
 class Folded:
@@ -53,6 +69,7 @@ class Folded:
         self._types: list[type[nn.Module]] = []
         self._slots: list[tuple[dict[str, Any], str]] = []  # where something is kept, and what:
         self._values: list[Any] = []
+        self._held: list[Tensor] = []
         self._state: list[int] = []
 
     def note(self, module: nn.Module) -> None:
@@ -71,6 +88,7 @@ class Folded:
 
     def close(self) -> None:
         """Note the present state of all tensors."""
+        self._held = [t.detach() for t in self.sources]  # nothing else can come to lie there
         self._state = self._states()
 
     def holds(self) -> bool:
@@ -83,7 +101,8 @@ class Folded:
         )
 
     def _states(self) -> list[int]:
-        return [t._version for t in self.sources] + [t.data_ptr() for t in self.sources]
+        states = [t._version for t in self.sources] + [t.data_ptr() for t in self.sources]
+        return [*states, _steps().taken]
 
 
 def is_idle(module: nn.Module | None) -> bool:
@@ -136,7 +155,7 @@ def _read_conv(found: Folded, conv: nn.Module | None) -> bool:
         found.read(conv.__dict__, name)
     for name in conv._parameters:
         found.read(conv._parameters, name)
-    return True
+    return {"weight", "bias"} <= conv._parameters.keys()
 
 
 def _read_norm(found: Folded, norm: nn.Module | None) -> bool:
@@ -147,6 +166,8 @@ def _read_norm(found: Folded, norm: nn.Module | None) -> bool:
         for name in place:
             if name != "num_batches_tracked":
                 found.read(place, name)
+    if not {"weight", "bias"} <= norm._parameters.keys():
+        return False
     return norm.running_mean is not None and norm.running_var is not None
 
 

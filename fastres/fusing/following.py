@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from torch import fx, nn
 
+from fastres.fusing.surroundings import drawing, switched, switches
+
 _QUERIES: Final = ("size", "dim", "numel")
 
 
@@ -34,6 +36,17 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 class _Tracer(fx.Tracer):
     """Follows one module's own code: what its children do is their own business."""
+
+    proxy_buffer_attributes = True  # a buffer is read at every call
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._switches = switches()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if switches() != self._switches:
+            raise NotFused("its forward switches gradients, autocast or checkpoints")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -75,17 +88,20 @@ class Arguments:
             return source
         names = ", ".join(("self", *self.needed))
         options = [name for name, _ in self.optional]
-        same = " and ".join(f"{name} is default_{name}" for name in options)
+        same = " and ".join(f"{name} is _default_{name}" for name in options)
         return (
-            f"{source}\n\nfused = forward\n\n"
-            f"def forward({names}, {', '.join(f'{name}=default_{name}' for name in options)}):\n"
-            f"    if {same}:\n        return fused({names})\n"
-            f"    return original.forward({names}, {', '.join(options)})\n"
+            f"{source}\n\n_fused = forward\n\n"
+            f"def forward({names}, {', '.join(f'{name}=_default_{name}' for name in options)}):\n"
+            f"    if {same}:\n        return _fused({names})\n"
+            f"    return _original.forward({names}, {', '.join(options)})\n"
         )
 
 
 def graph_of(module: nn.Module, arguments: Arguments) -> tuple[fx.Graph, frozenset[str]]:
     """Return the graph of a module's forward in its present mode, and the attributes it reads.
+
+    In training mode gradients and autocast are on, else off, so that a forward which switches them
+    is found in one of the two. What it takes out of lists and dicts is no attribute.
 
     Raises:
         NotFused: If the code is not a plain sequence of operations.
@@ -104,7 +120,10 @@ def graph_of(module: nn.Module, arguments: Arguments) -> tuple[fx.Graph, frozens
     module.__class__ = type(kind.__name__, (kind,), follows)
     type(module).__setattr__ = write  # type: ignore[method-assign]
     try:
-        graph = _Tracer().trace(module)
+        with switched(module.training), drawing() as drawn:
+            graph = _Tracer().trace(module)
+            if drawn():
+                raise NotFused("its forward draws random numbers")
     except NotFused:
         raise
     except Exception as error:  # whatever the code does with what is no tensor

@@ -101,7 +101,8 @@ def fuse(
             identity skip, ReLU at the end) run as one `conv_stack` in eval mode, their batch norms
             folded into weights that are kept until a parameter or buffer is changed. Where a
             gradient is wanted, or a policy, hook, mode or compiler needs the blocks, they run one
-            by one. What is changed through `.data` is seen after the next pass in training mode.
+            by one. What leaves no trace in a tensor's version, such as a write through `.data`, is
+            seen after the next such pass, or step of an optimizer.
 
     Returns:
         The Fusion: what was fused, what was left, and why.
@@ -141,15 +142,20 @@ def fuse(
     passes = [Verified(model, args, kwargs)] if verify else []
     if verify and found.stacked and not model.training:
         passes.append(Verified(model, args, kwargs, derived=False))
-    for name, code in (_sequences(model, codes) | codes | found.codes).items():
-        module = model.get_submodule(name)
-        object.__setattr__(module, "__class__", fused_class(cast("Any", type(module)), code))
-    for verified in passes:
-        if wrong := verified.difference(model):
-            restore(model)
-            left |= dict.fromkeys(fused, f"fused, {wrong}")
-            return Fusion(type(model).__name__, {}, left)
-    return Fusion(type(model).__name__, fused, left, verify, found.stacked, found.apart)
+    kind = type(model).__name__
+    try:
+        for name, code in (_sequences(model, codes) | codes | found.codes).items():
+            module = model.get_submodule(name)
+            object.__setattr__(module, "__class__", fused_class(cast("Any", type(module)), code))
+        for verified in passes:
+            if wrong := verified.difference(model):
+                restore(model)
+                left |= dict.fromkeys(fused, f"fused, {wrong}")
+                return Fusion(kind, {}, left)
+    except BaseException:
+        restore(model)
+        raise
+    return Fusion(kind, fused, left, verify, found.stacked, found.apart)
 
 
 def _sequences(model: nn.Module, codes: Mapping[str, Code]) -> dict[str, Code]:
@@ -179,7 +185,7 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, Fused):
-            object.__setattr__(module, "__class__", module.original)
+            object.__setattr__(module, "__class__", module._fused_from)
             forget(module)
 
 

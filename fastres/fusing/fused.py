@@ -154,9 +154,10 @@ class Code:
     """The forward of a fused block, as it was written from its graph.
 
     Attributes:
-        source: Python, with a function `forward`; in it `original` is the class it had.
+        source: Python, with a function `forward`; in it `_original` is the class it had.
         names: What it reads besides that and its arguments.
         reads: Attributes that the original forward read: it may do something else when one is set.
+            What is in a list or a dict is none.
         recomputes: Whether it keeps less, and computes it again in the backward pass.
         mlp: What the block is, if it is one of an MLP.
         basic: What the block is, if a stack can hold it.
@@ -178,20 +179,20 @@ SEQUENCE: Final = Code(
 
 
 class _Block(Protocol):
-    original: ClassVar[type[nn.Module]]
-    code: ClassVar[Code]
+    _fused_from: ClassVar[type[nn.Module]]
+    _fused_code: ClassVar[Code]
 
 
 class Fused(nn.Module):
     """What all fused blocks have besides their own class: a way back."""
 
-    original: ClassVar[type[nn.Module]]
-    code: ClassVar[Code]
+    _fused_from: ClassVar[type[nn.Module]]
+    _fused_code: ClassVar[Code]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the block gets its own forward back if that has read it."""
-        if name in self.code.reads:
-            object.__setattr__(self, "__class__", self.original)
+        if name in self._fused_code.reads:
+            object.__setattr__(self, "__class__", self._fused_from)
             self.__dict__.pop(KEPT, None)
             setattr(self, name, value)
         else:
@@ -202,13 +203,14 @@ class Fused(nn.Module):
         made = super().__reduce_ex__(protocol)
         assert isinstance(made, tuple)
         state = {name: value for name, value in made[2].items() if name != KEPT}
-        return revived, (self.original, self.code), state, *made[3:]
+        return revived, (self._fused_from, self._fused_code), state, *made[3:]
 
 
 def is_fusible(kind: type[nn.Module]) -> bool:
     """Tell whether modules of a class are copied and pickled in the common way."""
-    common = (object.__reduce__, object.__reduce_ex__)
-    return (kind.__reduce__, kind.__reduce_ex__) == common and not hasattr(kind, "__deepcopy__")
+    names = ("__reduce__", "__reduce_ex__", "__getstate__")
+    common = all(getattr(kind, name) == getattr(nn.Module, name) for name in names)
+    return common and not hasattr(kind, "__deepcopy__")
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,7 +230,7 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 def fused_class(original: Any, code: Code) -> type[nn.Module]:
     """Make the class of the fused blocks of a class: the same, with another forward."""
     space = dict(fx.Graph().python_code("self").globals) | dict(code.names)
-    space["original"] = original
+    space["_original"] = original
     file = f"<fused {original.__qualname__} {next(_numbers)}>"
     lines = code.source.splitlines(keepends=True)
     linecache.cache[file] = (len(code.source), None, lines, file)  # for tracebacks and inspect
@@ -236,8 +238,8 @@ def fused_class(original: Any, code: Code) -> type[nn.Module]:
     forward: Callable[..., Any] = space["forward"]
     forward.__doc__ = original.forward.__doc__
     body = {
-        "original": original,
-        "code": code,
+        "_fused_from": original,
+        "_fused_code": code,
         "forward": _recomputing(forward) if code.recomputes else forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,

@@ -40,7 +40,7 @@ class Stacks:
         for name, code in codes.items():
             try:
                 module = model.get_submodule(name)
-                basics[module] = basic_of(module)
+                basics[module] = match_basic(module)
             except NotFused as error:
                 found.apart[name or type(model).__name__] = str(error)
             else:
@@ -80,7 +80,7 @@ def _caller(model: nn.Module, name: str) -> str:
     return name
 
 
-def basic_of(module: nn.Module) -> Basic:
+def match_basic(module: nn.Module) -> Basic:
     """Return what a block is made of, if it is relu(x + norm(conv(relu(norm(conv(x)))))).
 
     Raises:
@@ -218,9 +218,9 @@ def _is_block(module: nn.Module, node: fx.Node, basics: Mapping[nn.Module, Basic
 def _guarded(code: Code, names: Iterable[tuple[str, tuple[str, ...]]]) -> Code:
     """Let the original forward run where `is_stacked` says so."""
     source = (
-        f"{code.source}\n\nstacked = forward\n\n"
+        f"{code.source}\n\n_stacked = forward\n\n"
         "def forward(self, *args, **kwargs):\n"
-        "    run = stacked if is_stacked(self, children) else original.forward\n"
+        "    run = _stacked if is_stacked(self, children) else _original.forward\n"
         "    return run(self, *args, **kwargs)\n"
     )
     names_used = (*code.names, ("is_stacked", is_stacked), ("children", tuple(names)))

@@ -97,13 +97,14 @@ def _is_special(x: Tensor) -> bool:
         or x.dtype not in (torch.float32, torch.float64)
         or x.dim() < 2
         or not native.runs_on(x)
+        or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
         or is_hooked()
     )
 
 
 def _mlp(block: nn.Module) -> Mlp | None:
-    code: Any = getattr(type(block), "code", None)  # of a fused block
+    code: Any = getattr(type(block), "_fused_code", None)  # of a fused block
     mlp: Mlp | None = getattr(code, "mlp", None)
     return mlp
 

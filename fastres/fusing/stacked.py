@@ -18,7 +18,7 @@ from fastres.ops.conv_stack import FORWARD, allows_tf32
 from fastres.ops.layout import DTYPES
 
 Names = tuple[tuple[str, tuple[str, ...]], ...]  # of modules with children, and of these
-_mode: Final[Callable[[], Any]] = torch.overrides._get_current_function_mode
+_modes: Final[Callable[[], list[Any]]] = torch.overrides._get_current_function_mode_stack
 
 
 def run_stack(x: Tensor, *blocks: nn.Module) -> Tensor:
@@ -26,8 +26,8 @@ def run_stack(x: Tensor, *blocks: nn.Module) -> Tensor:
 
     That is in eval mode, where no derivative is wanted, no policy, mode or hook needs the blocks
     one by one, and everything is of one dtype and device. The batch norms are folded into weights
-    that are kept until a parameter or buffer is changed, as its version counter tells, or the
-    blocks run in training mode.
+    that are kept until a parameter or buffer is changed, as its version counter tells, an optimizer
+    has made a step, or the blocks run one by one because they train or a derivative is wanted.
     """
     if _is_plain(x) and (weights := _folded(x, blocks)) is not None:
         y: Tensor = FORWARD(x, *weights, None, False, x.is_cuda and allows_tf32())[0]
@@ -54,7 +54,10 @@ def is_stacked(module: nn.Module, names: Names) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return children_of(module, {path for path, _ in names}) == names
+    try:
+        return children_of(module, {path for path, _ in names}) == names
+    except AttributeError:  # one is gone
+        return False
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -69,7 +72,7 @@ def _is_plain(x: Tensor) -> bool:
         and not is_heard()
         and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled(x.device.type)
-        and isinstance(_mode(), DeviceContext | None)
+        and all(isinstance(mode, DeviceContext) for mode in _modes())
         and not is_hooked()
     )
 
@@ -84,6 +87,7 @@ def _folded(x: Tensor, blocks: tuple[nn.Module, ...]) -> tuple[Tensor, ...] | No
                 forget(blocks[0])  # what changes weights without a trace, as by `.data`, trains
             return None
     if not is_underived(x, *kept.sources):
+        forget(blocks[0])
         return None
     if not kept.weights:
         kept.weights = fold(blocks)

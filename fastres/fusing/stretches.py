@@ -72,14 +72,20 @@ def read(module: nn.Module) -> tuple[Arguments, fx.Graph, frozenset[str]]:
     _check(module)
     arguments = Arguments.of(type(module))
     graph, reads = graph_of(module, arguments)
-    vars(module)["training"] = not module.training
+    _toggle(module)
     try:
         other, _ = graph_of(module, arguments)
     finally:
-        vars(module)["training"] = not module.training
+        _toggle(module)
     if str(other) != str(graph):
         raise NotFused("its forward depends on its mode, training or eval")
     return arguments, graph, reads
+
+
+def _toggle(module: nn.Module) -> None:
+    """Give a module, and every one in it, the other mode."""
+    for each in module.modules():
+        vars(each)["training"] = not each.training
 
 
 def write(
@@ -89,7 +95,7 @@ def write(
     python = graph.python_code("self")
     known = fx.Graph().python_code("self").globals
     names = {k: v for k, v in python.globals.items() if k not in known}
-    names |= {f"default_{name}": default for name, default in arguments.optional}
+    names |= {f"_default_{name}": default for name, default in arguments.optional}
     return Code(arguments.with_options(python.src), tuple(names.items()), reads, recompute)
 
 

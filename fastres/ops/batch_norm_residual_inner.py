@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -35,8 +36,16 @@ def batch_norm_inner(
 
     Returns:
         [B, C, ...], dtype and layout of f.
+
+    Raises:
+        ValueError: If there is one value per channel in training.
     """
     given = (f, running_mean, running_var, weight, bias, relu)
     if has_torch_function_unary(f):  # a policy watches
         return handle_torch_function(batch_norm_inner, (f,), *given, **options)
+    if options.get("training") and f.size(0) * math.prod(f.shape[2:]) == 1:
+        raise ValueError(
+            "batch_norm_residual: f must have more than one value per channel in training, "
+            f"got {[*f.shape]}"
+        )
     return run(None, None, *given[:5], None, relu, **options)[0]
