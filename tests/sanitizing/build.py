@@ -36,7 +36,11 @@ OPTIONS = {
 }
 FLAGS = ["-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # What runs torch's compilers or another process: none of our C++, and minutes under a sanitizer.
-NOT_OURS = ("compile", "export", "opcheck", "spawn", "subprocess")
+# And what counts roundings, which are others where nothing is multiplied and added at once.
+NOT_OURS = (
+    *("compile", "export", "opcheck", "spawn", "subprocess"),
+    *("no_less_exact", "every_size_and_option"),
+)
 
 
 def why_not(kind: str) -> str | None:
