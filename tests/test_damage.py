@@ -116,7 +116,7 @@ def test_reports(name, tmp_path, hold):
     arguments = content["arguments"]
     content["sha256"] = report.digest([arguments, content["rows"]])
     report.write_json(file, content)
-    parse = import_module(f"fastres.studies.{name.replace('-', '_')}").FORM.parse
+    parse = import_module(f"fastres.studies.{arguments['study'].replace('-', '_')}").FORM.parse
     rows = report.finished(file, arguments, parse)
     assert rows
     hold(file, lambda: report.finished(file, arguments, parse), same(lambda got: got == rows))
