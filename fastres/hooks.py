@@ -43,14 +43,14 @@ def is_hooked() -> bool:
     return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def has_no_hooks(module: nn.Module) -> bool:
-    """Tell whether calling a module is calling the forward of its class."""
+def has_no_hooks(module: nn.Module, but: tuple[type, ...] = (Idle,)) -> bool:
+    """Tell whether calling a module is calling the forward of its class, but for these hooks."""
     space = module.__dict__
     if "forward" in space or space["_backward_hooks"] or space["_backward_pre_hooks"]:
         return False
     before, after = space["_forward_pre_hooks"], space["_forward_hooks"]
     return not (before or after) or all(
-        type(hook) is Idle for some in (before, after) for hook in some.values()
+        isinstance(hook, but) for some in (before, after) for hook in some.values()
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import count
-from typing import Any, ClassVar, Final, Protocol, SupportsIndex, cast
+from typing import Any, ClassVar, Final, SupportsIndex, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from fastres.declaring import add, fused_add, fused_norm
 from fastres.fusing.folding import KEPT, Basic
 from fastres.fusing.sequences import Mlp, run_sequence
-from fastres.hooks import Hook, Idle, is_hooked
+from fastres.hooks import Hook, Idle, has_no_hooks, is_hooked
 from fastres.ops import native
 from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.recomputing import Recomputing
@@ -33,12 +33,7 @@ def is_bare(module: nn.Module, *types: type[nn.Module]) -> bool:
 
     The hooks of a policy do not count: it sees the fused call itself.
     """
-    if type(module) not in types or "forward" in vars(module):
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return all(isinstance(hook, Hook | Idle) for some in hooks for hook in some.values())
+    return type(module) in types and has_no_hooks(module, (Hook, Idle))
 
 
 def norm_of(tail: nn.Module) -> nn.Module | None:
@@ -176,11 +171,6 @@ SEQUENCE: Final = Code(
     (("run_sequence", run_sequence),),
     frozenset(),
 )
-
-
-class _Block(Protocol):
-    _fused_from: ClassVar[type[nn.Module]]
-    _fused_code: ClassVar[Code]
 
 
 class Fused(nn.Module):
