@@ -233,6 +233,14 @@ def _check(
     _check_statistics(x, running_mean, running_var, training, momentum, num_batches_tracked)
 
 
+def check_count(name: str, t: Tensor) -> None:
+    """Raise a ValueError if [B, C, ...] has one value per channel: its variance would be none."""
+    if t.size(0) * math.prod(t.shape[2:]) == 1:
+        raise ValueError(
+            f"{_OP}: {name} must have more than one value per channel in training, got {[*t.shape]}"
+        )
+
+
 def _check_statistics(
     x: Tensor,
     running_mean: Tensor | None,
@@ -247,10 +255,8 @@ def _check_statistics(
         raise ValueError(f"{_OP}: {missing} must be given with the other, got None")
     if not training and running_mean is None:
         raise ValueError(f"{_OP}: running_mean must be given outside of training, got None")
-    if training and x.size(0) * math.prod(x.shape[2:]) == 1:
-        raise ValueError(
-            f"{_OP}: x must have more than one value per channel in training, got {[*x.shape]}"
-        )
+    if training:
+        check_count("x", x)
     if momentum is not None and not isinstance(momentum, Real):
         raise TypeError(f"{_OP}: momentum must be a number or None, got {type(momentum).__name__}")
     if training and momentum is None and num_batches_tracked is None and running_mean is not None:

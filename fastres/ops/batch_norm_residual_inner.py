@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastres.ops.batch_norm_residual import run
+from fastres.ops.batch_norm_residual import check_count, run
 
 
 def batch_norm_inner(
@@ -43,9 +42,6 @@ def batch_norm_inner(
     given = (f, running_mean, running_var, weight, bias, relu)
     if has_torch_function_unary(f):  # a policy watches
         return handle_torch_function(batch_norm_inner, (f,), *given, **options)
-    if options.get("training") and f.size(0) * math.prod(f.shape[2:]) == 1:
-        raise ValueError(
-            "batch_norm_residual: f must have more than one value per channel in training, "
-            f"got {[*f.shape]}"
-        )
+    if options.get("training"):
+        check_count("f", f)
     return run(None, None, *given[:5], None, relu, **options)[0]
