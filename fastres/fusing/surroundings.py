@@ -43,12 +43,11 @@ def switched(on: bool) -> Iterator[None]:
 @contextmanager
 def drawing() -> Iterator[Callable[[], bool]]:
     """Yield what tells whether random numbers were drawn; then the generators go back."""
-    before = [read() for read, _ in _GENERATORS]
-    pairs = list(zip(_GENERATORS, before, strict=True))
+    before = [(read, write, read()) for read, write in _GENERATORS]
     try:
-        yield lambda: any(_plain(read()) != _plain(state) for (read, _), state in pairs)
+        yield lambda: any(_plain(read()) != _plain(state) for read, _, state in before)
     finally:
-        for (_, write), state in pairs:
+        for _, write, state in before:
             write(state)
 
 
