@@ -115,6 +115,9 @@ class TestBatchNormResidual(OpContract):
                     args = (x, f, weight, bias, *statistics, gate, 1e-5, relu, relu)
                     yield ops._batch_norm_residual.default, args
                     yield ops._batch_norm_residual.default, (None, *args[1:])
+                    if statistics[0] is None:
+                        moved = (*args, None, *(t.clone() for t in (mean, var)), 0.1)
+                        yield ops._batch_norm_residual.default, moved
                 *_, lost, mask = ops._batch_norm_residual(*args)
                 lost = lost if statistics[0] is None else None
                 for wanted in (False, True):
@@ -123,6 +126,36 @@ class TestBatchNormResidual(OpContract):
                         ops._batch_norm_residual_backward.default,
                         (*args, statistics[0] is None, wanted, not wanted, wanted),
                     )
+
+
+BUFFERS = {
+    "float32": lambda t: t.clone(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "float64": lambda t: t.to(torch.float64, copy=True),
+    "strided": lambda t: torch.stack([t, t], 1)[:, 0],
+    "inference": lambda t: torch.inference_mode()(t.clone)(),
+}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_running_statistics_move_in_place_whatever_they_are(device, dtype, kind):
+    x, f, weight, bias = images(6, 5, 3, 4, dtype=dtype, device=device)
+    f.requires_grad_(kind == "float32")
+    start = running(x, True)
+    with torch.inference_mode(kind == "inference"):
+        ours = [BUFFERS[kind](t) for t in start]
+        kept, versions = [*ours], [t.is_inference() or t._version for t in ours]
+        batch_norm_residual(x, f, *ours, weight, bias, training=True, momentum=0.2)
+    double = f.detach().double().transpose(0, 1).flatten(1)
+    of_batch = double.mean(1), double.var(1)
+    for t, before, batch in zip(kept, start, of_batch, strict=True):
+        tolerance = 2 * max(torch.finfo(t.dtype).eps, torch.finfo(start[0].dtype).eps)
+        torch.testing.assert_close(
+            t.double(), before + 0.2 * (batch - before), rtol=tolerance, atol=tolerance
+        )
+    if kind != "inference":  # as those who keep what they computed of them watch
+        assert [t._version for t in kept] > versions
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

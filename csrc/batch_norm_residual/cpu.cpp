@@ -181,9 +181,7 @@ void fill_table(const Args& a, const double* slots, void* table) {
       if (a.training) {
         const double moved = total[c] / count, mean = values[kMean * stride + c] + moved;
         const double var = total[stride + c] / count - moved * moved;
-        static_cast<A*>(a.mean)[c] = static_cast<A>(mean);
-        static_cast<A*>(a.var)[c] = static_cast<A>(var < 0 ? 0 : var);  // NaN stays
-        static_cast<A*>(a.lost)[c] = static_cast<A>(mean - static_cast<A*>(a.mean)[c]);
+        keep_moments<A>(a, c, mean, var);
       }
       fill_norm(a, values, c);
     }

@@ -174,10 +174,7 @@ __global__ void __launch_bounds__(kThreads)
       Moments<T> moments{a, 0};
       moments.begin(nullptr, c);
       const double moved = join_splits(a, plan, sums, 0, c) / count, mean = moments.pivot + moved;
-      const double var = join_splits(a, plan, sums, 1, c) / count - moved * moved;
-      static_cast<A*>(a.mean)[c] = mean;
-      static_cast<A*>(a.var)[c] = var < 0 ? 0 : var;  // NaN stays
-      static_cast<A*>(a.lost)[c] = mean - static_cast<A*>(a.mean)[c];
+      keep_moments<A>(a, c, mean, join_splits(a, plan, sums, 1, c) / count - moved * moved);
     }
     fill_norm(a, table, c);
   }

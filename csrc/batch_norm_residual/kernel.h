@@ -41,11 +41,13 @@ struct Args {
   void* mean;          // [C], accumulate type; of the batch in training, else given
   void* var;           // [C], accumulate type; biased; of the batch in training, else given
   void* lost;          // [C], accumulate type; what rounding took of mean; likewise, null: 0
+  void* running_mean;  // [C], accumulate type; moved in training; null: not wanted
+  void* running_var;   // [C], likewise, by the unbiased variance
   uint8_t* mask;       // [rows, lines, ceil(length / 8)], bit c % 8 of byte c / 8; null: not wanted
   int64_t gate_stride;  // 0: one for all rows
   Shape shape;
-  double eps;
-  Dtype dtype;  // of x, f, y; the accumulate type is float64 for float64, else float32
+  double eps, momentum;  // momentum: how far the running statistics move
+  Dtype dtype;           // of x, f, y; the accumulate type is float64 for float64, else float32
   bool relu, training;
   void* scratch = nullptr;  // scratch_bytes(args)
 };
@@ -85,6 +87,21 @@ template <class V> struct Pull {
     return scale * (g - per_g - (f - mean) * per_f);
   }
 };
+
+// Writes the batch's statistics of a channel, and moves the running ones towards them.
+template <class A> FASTRES_HD void keep_moments(const Args& a, int64_t c, double mean, double var) {
+  if (var < 0) var = 0;  // NaN stays
+  const A rounded = static_cast<A>(mean);
+  static_cast<A*>(a.mean)[c] = rounded;
+  static_cast<A*>(a.var)[c] = static_cast<A>(var);
+  static_cast<A*>(a.lost)[c] = static_cast<A>(mean - rounded);
+  if (!a.running_mean || !a.shape.any()) return;
+  const double count = a.shape.count(), m = a.momentum;
+  A& running_mean = static_cast<A*>(a.running_mean)[c];
+  A& running_var = static_cast<A*>(a.running_var)[c];
+  running_mean = static_cast<A>((1 - m) * running_mean + m * mean);
+  running_var = static_cast<A>((1 - m) * running_var + m * (var * (count / (count - 1))));
+}
 
 // Bytes of device memory that launch_cuda needs beside its outputs.
 int64_t scratch_bytes(const Args& args);

@@ -99,16 +99,26 @@ int64_t gate_stride(const OptionalTensor& gate, const Tensor& f) {
   return gate->stride(0);
 }
 
+// A running statistic that is written in place.
+void* moved(const char* argument, const OptionalTensor& t, const Tensor& f) {
+  check_channels(argument, t, f);
+  STD_TORCH_CHECK(!t || t->is_contiguous(), kName, ": ", argument, " must be contiguous");
+  return t ? t->mutable_data_ptr() : nullptr;
+}
+
 // y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
-// wanted.
+// wanted. The running statistics move in training, and are not read otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& x, const Tensor& f, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
-    const OptionalTensor& gate, double eps, bool relu, bool masked, const OptionalTensor& lost) {
+    const OptionalTensor& gate, double eps, bool relu, bool masked, const OptionalTensor& lost,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum) {
   const Dtype dtype = dtype_of(kName, "f", f);
   STD_TORCH_CHECK(f.dim() >= 2, kName, ": f must have 2 or more dimensions, got ", f.dim());
   if (x) check_like(kName, "x", *x, f);
   STD_TORCH_CHECK(bool(mean) == bool(var), kName, ": mean and var must be given both or none");
+  STD_TORCH_CHECK(bool(running_mean) == bool(running_var), kName,
+                  ": running_mean and running_var must be given both or none");
   const OptionalTensor weights = dense(weight), biases = dense(bias);
   const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
   check_channels("weight", weights, f);
@@ -128,15 +138,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Tensor batch_lost = uninitialized(f, {training ? f.size(1) : 0}, wide);
   Tensor mask =
       uninitialized(f, {masked ? f.size(0) : 0, masked ? shape.mask_cols() : 0}, ScalarType::Byte);
-  launch(
-      Args{data_or_null(skip), branch.const_data_ptr(), data_or_null(weights), data_or_null(biases),
-           data_or_null(gate), y.mutable_data_ptr(), sums.mutable_data_ptr(),
-           training ? batch_mean.mutable_data_ptr() : const_cast<void*>(data_or_null(means)),
-           training ? batch_var.mutable_data_ptr() : const_cast<void*>(data_or_null(vars)),
-           training ? batch_lost.mutable_data_ptr() : const_cast<void*>(data_or_null(losts)),
-           masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr, gate_stride(gate, f),
-           shape, eps, dtype, relu, training},
-      f);
+  launch(Args{data_or_null(skip),
+              branch.const_data_ptr(),
+              data_or_null(weights),
+              data_or_null(biases),
+              data_or_null(gate),
+              y.mutable_data_ptr(),
+              sums.mutable_data_ptr(),
+              training ? batch_mean.mutable_data_ptr() : const_cast<void*>(data_or_null(means)),
+              training ? batch_var.mutable_data_ptr() : const_cast<void*>(data_or_null(vars)),
+              training ? batch_lost.mutable_data_ptr() : const_cast<void*>(data_or_null(losts)),
+              moved("running_mean", running_mean, f),
+              moved("running_var", running_var, f),
+              masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
+              gate_stride(gate, f),
+              shape,
+              eps,
+              momentum,
+              dtype,
+              relu,
+              training},
+         f);
   return {y, sums, batch_mean, batch_var, batch_lost, mask};
 }
 
@@ -218,9 +240,12 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
                   of_var ? const_cast<void*>(of_var) : batch_var.mutable_data(),
                   of_mean ? nullptr : lost.mutable_data(),
                   nullptr,
+                  nullptr,
+                  nullptr,
                   0,
                   {rows, channels, places, places == 1},
                   eps,
+                  0,
                   dtype,
                   relu,
                   !of_mean};
@@ -249,7 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "_batch_norm_residual(Tensor? x, Tensor f, Tensor? weight, Tensor? bias, Tensor? mean, "
-      "Tensor? var, Tensor? gate, float eps, bool relu, bool masked, Tensor? lost=None)"
+      "Tensor? var, Tensor? gate, float eps, bool relu, bool masked, Tensor? lost=None, "
+      "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, float momentum=0)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_batch_norm_residual_backward(Tensor gy, Tensor? mask, Tensor f, Tensor? weight, "

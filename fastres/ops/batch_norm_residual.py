@@ -133,24 +133,58 @@ def run(
     statistics = (None, None) if training else (running_mean, running_var)
     small = [_cast(t, wide) for t in (weight, bias, *statistics)]
     given: tuple[Any, ...] = (_cast(x, dtype), _cast(f, dtype), *small, gate)
-    if plain or FORWARD is None or not native.runs_on(f) or _is_composed():
+    running = None
+    if training:
+        running = _count(f, running_mean, running_var, momentum, num_batches_tracked)
+    composes = plain or FORWARD is None or not native.runs_on(f) or _is_composed()
+    written = running if running and not composes and _is_written(*running[:2], wide) else None
+    moved = written or (None, None, 0.0)
+    if composes:
         y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
-        y, sums, mean, var, *_ = FORWARD(*given, eps, relu, False)
+        y, sums, mean, var, *_ = FORWARD(*given, eps, relu, False, None, *moved)
     else:
-        y, sums, mean, var, *_ = _apply(*given, eps, relu)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if training and running_mean is not None and running_var is not None:
-        count = f.numel() // max(f.size(1), 1)
-        if momentum is None and num_batches_tracked is not None:
-            momentum = 1 / float(num_batches_tracked)
-        if count and momentum is not None:
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1))
-                batch = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
-                torch._foreach_lerp_([running_mean, running_var], batch, momentum)
+        y, sums, mean, var, *_ = _apply(*given, eps, relu, *moved)
+    if written:
+        torch.autograd.graph.increment_version(written[:2])
+    elif running:
+        _move(f, mean, var, *running)
     return y, Stats(sums)
+
+
+def _count(
+    f: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> tuple[Tensor, Tensor, float] | None:
+    """Count a call in training; return the running statistics, if they move, and how far."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        momentum = 1 / float(num_batches_tracked) if momentum is None else momentum
+    if running_mean is None or running_var is None or momentum is None or not f.numel():
+        return None
+    return running_mean, running_var, momentum
+
+
+def _move(
+    f: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> None:
+    """Move the running statistics towards those of the batch, in plain PyTorch."""
+    count = f.numel() // f.size(1)
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1))
+        batch = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
+        torch._foreach_lerp_([running_mean, running_var], batch, momentum)
+
+
+def _is_written(running_mean: Tensor, running_var: Tensor, wide: torch.dtype) -> bool:
+    """Tell whether the kernel may write running statistics as they are."""
+    return not torch.compiler.is_compiling() and all(
+        t.dtype is wide and t.is_contiguous() and not t.is_inference()
+        for t in (running_mean, running_var)
+    )
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

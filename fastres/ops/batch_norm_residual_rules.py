@@ -99,14 +99,18 @@ class BatchNormResidual(torch.autograd.Function):
         gate: Tensor | None,
         eps: float,
         relu: bool,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
     ) -> tuple[Tensor, ...]:
         """Return y, sums; mean, variance, what rounding took of the mean, if none given; mask."""
-        return tuple(FORWARD(x, f, weight, bias, mean, var, gate, eps, relu, relu))
+        small, running = (weight, bias, mean, var, gate), (running_mean, running_var, momentum)
+        return tuple(FORWARD(x, f, *small, eps, relu, relu, None, *running))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the derivatives need, and nothing else."""
-        x, f, weight, bias, mean, var, gate, ctx.eps, relu = inputs
+        x, f, weight, bias, mean, var, gate, ctx.eps, relu, *_ = inputs
         y, sums, batch_mean, batch_var, lost, mask = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sums, batch_mean, batch_var, lost, mask)
@@ -121,15 +125,15 @@ class BatchNormResidual(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, f, weight, bias and gate."""
         if gy is None:
-            return (None,) * 9
+            return (None,) * 12
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         ):
             gx, gf, gweight, gbias, ggate = _composed_backward(ctx, gy)
             gx = gx if ctx.needs_input_grad[0] else None
-            return gx, gf, gweight, gbias, None, None, ggate, None, None
+            return gx, gf, gweight, gbias, None, None, ggate, *(None,) * 5
         mask, _, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
-        skip, _, scaled, shifted, *_, gated, _, _ = ctx.needs_input_grad
+        skip, _, scaled, shifted, _, _, gated, *_ = ctx.needs_input_grad
         gy = in_layout(gy, ctx.strides)
         gx, gf, gaffine, ggate = BACKWARD(
             *(gy, mask, f, weight, bias, mean, var, lost, gate),
@@ -143,8 +147,7 @@ class BatchNormResidual(torch.autograd.Function):
             None,
             None,
             ggate if gated else None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -196,6 +199,9 @@ def _fake(
     relu: bool,
     masked: bool,
     lost: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0,
 ) -> tuple[Tensor, ...]:
     """Return the outputs in the right shape, dtype and layout, without values."""
     wide = accumulate(f.dtype)

@@ -23,6 +23,8 @@ from cuda_on_cpu.residual_add import address, close, expect
 from cuda_on_cpu.residual_add_reference import ELEMENTS, Array
 from cuda_on_cpu.running import run_all
 
+MOMENTUM = 0.25
+
 
 class Shape(ctypes.Structure):
     """fastres::batch_norm_residual::Shape."""
@@ -33,13 +35,14 @@ class Shape(ctypes.Structure):
     )
 
 
-def fields(pointers: str, flags: tuple[str, ...]) -> list[tuple[str, type]]:
+def fields(pointers: str, numbers: str, flags: str) -> list[tuple[str, type]]:
     """Return the fields that both structures are made of."""
     return [
         *((name, ctypes.c_void_p) for name in pointers.split()),
-        *(("gate_stride", ctypes.c_int64), ("shape", Shape), ("eps", ctypes.c_double)),
+        *(("gate_stride", ctypes.c_int64), ("shape", Shape)),
+        *((name, ctypes.c_double) for name in numbers.split()),
         ("dtype", ctypes.c_int32),
-        *((name, ctypes.c_bool) for name in flags),
+        *((name, ctypes.c_bool) for name in flags.split()),
         ("scratch", ctypes.c_void_p),
     ]
 
@@ -47,13 +50,18 @@ def fields(pointers: str, flags: tuple[str, ...]) -> list[tuple[str, type]]:
 class Args(ctypes.Structure):
     """fastres::batch_norm_residual::Args."""
 
-    _fields_ = fields("x f weight bias gate y sums mean var lost mask", ("relu", "training"))
+    _fields_ = fields(
+        "x f weight bias gate y sums mean var lost running_mean running_var mask",
+        *("eps momentum", "relu training"),
+    )
 
 
 class BackwardArgs(ctypes.Structure):
     """fastres::batch_norm_residual::BackwardArgs."""
 
-    _fields_ = fields("gy f weight bias gate mean var lost mask gx gf gaffine ggate", ("training",))
+    _fields_ = fields(
+        "gy f weight bias gate mean var lost mask gx gf gaffine ggate", "eps", "training"
+    )
 
 
 def laid_out(case: Case, values: Array) -> Array:
@@ -65,7 +73,7 @@ class Runner(ResidualAddRunner):
     """Runs cases against one library in one order of the fibers."""
 
     def forward(self, case: Case, given: Inputs) -> list[Array]:  # type: ignore[override]
-        """Check the forward pass; return all that it wrote: y, sums, mean, var, lost, mask."""
+        """Check the forward pass; return y, sums, mean, var, lost, mask, and what was running."""
         element, exact = ELEMENTS[case.index], exact_forward(case, given)
         x, f = laid_out(case, given.x), laid_out(case, given.f)
         y, sums = element.empty(x.shape), np.full((3, case.rows), np.nan, element.wide)
@@ -73,12 +81,14 @@ class Runner(ResidualAddRunner):
             np.full_like(t, np.nan) if case.training else t.copy() for t in (given.mean, given.var)
         )
         lost = np.full_like(mean, np.nan if case.training else 0)
+        running = given.mean.copy(), given.var.copy()  # they move in training
         mask = np.full((*x.shape[:2], (x.shape[2] + 7) // 8), 0xAA, np.uint8)
         self.call(self.library.forward, Args(
             address(x) if case.skip else None,
             *map(address, (f, given.weight, given.bias, given.gate, y, sums, mean, var, lost)),
-            address(mask) if case.relu else None, case.gate == "rows", shape_of(case), EPS,
-            case.index, case.relu, case.training, None))  # fmt: skip
+            *map(address, running), address(mask) if case.relu else None, case.gate == "rows",
+            shape_of(case), EPS, MOMENTUM, case.index, case.relu, case.training,
+            None))  # fmt: skip
         want = laid_out(case, exact["y"])
         got = element.widen(y).astype(np.float64)
         size = np.abs(laid_out(case, exact["p"])) + np.abs(element.widen(x)) + 1
@@ -87,10 +97,18 @@ class Runner(ResidualAddRunner):
         close("sums", sums, exact["sums"], 256 * element.wide_unit * (exact["scale"] + 1))
         for name, got in (("mean", mean), ("var", var)):
             close(name, got, exact[name], 16 * element.wide_unit * (np.abs(exact[name]) + 1))
+        count = case.rows * case.places
+        for before, got, of_batch in (
+            (given.mean, running[0], exact["mean"]),
+            (given.var, running[1], exact["var"] * count / max(count - 1, 1)),
+        ):
+            far = MOMENTUM if case.training and count else 0
+            want = before + far * (of_batch - before)
+            close("running", got, want, 16 * element.wide_unit * (np.abs(want) + 1))
         if case.relu:
             bits = np.packbits(element.widen(y) > 0, axis=2, bitorder="little")
             expect("mask", np.array_equal(mask, bits))
-        return [y, sums, mean, var, lost, mask]
+        return [y, sums, mean, var, lost, mask, *running]
 
     def backward(  # type: ignore[override]
         self, case: Case, given: Inputs, mean: Array, var: Array, lost: Array, mask: Array
@@ -134,7 +152,7 @@ class Runner(ResidualAddRunner):
         given = inputs_of(case)
         try:
             written = self.forward(case, given)
-            return written + self.backward(case, given, *written[2:])
+            return written + self.backward(case, given, *written[2:6])
         except AssertionError as error:
             raise AssertionError(f"{error}\n    {case}, seed {self.seed}") from None
 
