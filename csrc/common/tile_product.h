@@ -108,10 +108,9 @@ void product(int64_t rows, const W& w, const A* bias, const A* in, int64_t in_st
 
 // Copies elements of one type to another.
 template <class From, class To> void move(const From* from, To* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = least(kLanes, count - i);
-    store(to + i, load(from + i, n), n);
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Stored<To>::store(to + i, Stored<From>::load(from + i));
+  if (i < count) store(to + i, load(from + i, count - i), count - i);
 }
 
 // Four vectors, each kQuads times four elements side by side: of each four of fours, the transpose.

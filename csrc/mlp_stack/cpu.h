@@ -19,11 +19,33 @@ namespace fastres::mlp_stack {
 constexpr int64_t kChunk = 32;
 constexpr int64_t kLargestGroup = 32;  // samples side by side in vectors; 16 in the narrow case
 
-// Threads that share one tile, or 1. Below 512 weights for each sample that threads tell each other
-// of, a meeting costs more than a second thread brings.
-inline int members_for(const Shape& s, int64_t threads) {
-  if (ceil_div(s.batch, kLargestGroup) >= threads ||
-      s.width * s.hidden < 512 * (s.batch < 16 ? s.batch : 16))
+// 512 weights for each sample that threads tell each other of: below that a meeting costs more than
+// a second thread brings. Products of few samples take half the time, and so it is 1024 weights.
+constexpr int64_t kWorthMeeting = 512;
+inline bool pays_to_meet(const Shape& s) {
+  return s.width * s.hidden >= 2 * kWorthMeeting * s.batch;
+}
+
+// Few samples go through a kernel of their own, going up, which takes them by fours (cpu_few.h): up
+// to 8, and up to 16 that no team takes.
+constexpr int64_t kFour = 4, kMostFew = 16;
+inline bool are_few(const Shape& s) {
+  return s.batch <= (pays_to_meet(s) ? kMostFew / 2 : kMostFew) && s.width % 16 == 0 &&
+         s.hidden % 16 == 0;
+}
+
+// Samples that threads do not share out among them, going up. Few of which no team pays are shared
+// out by fours, if there is half a million multiply-adds to wake a thread for.
+inline int64_t forward_step(const Args& a) {
+  const Shape& s = a.shape;
+  if (!are_few(s) || pays_to_meet(s)) return kLargestGroup;
+  return (a.last - a.first) * s.width * s.hidden * s.batch < 1 << 19 ? kMostFew : kFour;
+}
+
+// Threads that share one tile, or 1.
+inline int members_for(const Shape& s, int64_t step, int64_t threads) {
+  if (ceil_div(s.batch, step) >= threads ||
+      s.width * s.hidden < kWorthMeeting * (s.batch < 16 ? s.batch : 16))
     return 1;
   const int64_t chunks = ceil_div(s.width < s.hidden ? s.hidden : s.width, kChunk);
   const int64_t most = chunks < Team::kMost ? chunks : Team::kMost;

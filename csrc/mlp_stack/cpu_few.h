@@ -1,30 +1,108 @@
-// cpu_few: a few samples through the blocks. There the weights' way through the caches is all that
-// counts: features stand in the lanes, so that a row of weights is read from end to end, once.
+// cpu_few: few samples through the blocks. Features stand side by side in a tile: 16 of one sample,
+// or four of each of four samples, which four weights of a row then meet at once. The sums of
+// rows, joined, are features of the next product.
 #pragma once
 #include "cpu_forward.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// 4: a sample costs a fifth of what 16 or fewer cost with the samples in the lanes.
-constexpr int64_t kMostFew = 4;
-inline bool are_few(const Shape& s) {
-  return s.batch <= kMostFew && s.width % kLanes == 0 && s.hidden % kLanes == 0;
-}
+// Tiles of kSamples samples with kFeatures features each. V: a register, or four numbers.
+template <class A, int kSamples> struct Abreast {
+  static constexpr int kFeatures = kLanes / kSamples;
+  static constexpr int kCount = Tile<A>::kWidth < 4 ? 4 : Tile<A>::kWidth;
+  using Shuffles = Quads<A, kCount / 4>;
+  using V = typename Shuffles::Vector;
 
-template <class T> class Few {
+  // kFeatures numbers, once for each sample.
+  template <class T> FASTRES_HD static Tile<A> of(const T* numbers) {
+    if constexpr (kSamples == 1) return Stored<T>::load(numbers);
+    else return repeated(numbers);
+  }
+  // Feature i of each sample: the sum of what t[i] has of the sample.
+  FASTRES_HD static Tile<A> joined(const Tile<A> (&t)[kFeatures]) {
+    if constexpr (kSamples == 4) return join(t[0], t[1], t[2], t[3]);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+      Tile<A> four[4];
+      for (int i = 0; i < 4; ++i)
+        four[i] = join(t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]);
+      return {{parts(parts(four[0].v[0], four[1].v[0]), parts(four[2].v[0], four[3].v[0]))}};
+    }
+#endif
+    alignas(64) A sums[kLanes];
+    for (int i = 0; i < kFeatures; ++i) sums[i] = t[i].sum();
+    return Stored<A>::load(sums);
+  }
+
+ private:
+  FASTRES_HD static Tile<A> repeated(const A* numbers) {
+    V v;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) v = (V)_mm512_broadcast_f32x4(_mm_loadu_ps(numbers));
+    else v = (V)_mm512_broadcast_f64x4(_mm256_loadu_pd(numbers));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) v = (V)_mm256_broadcast_ps((const __m128*)numbers);
+    else std::memcpy(&v, numbers, sizeof v);
+#else
+    std::memcpy(&v, numbers, sizeof v);
+#endif
+    Tile<A> t;
+    for (int i = 0; i < kLanes; i += kCount) std::memcpy((char*)&t + i * sizeof(A), &v, sizeof v);
+    return t;
+  }
+  // Lane i of each four lanes: the sum of these lanes of argument i.
+  FASTRES_HD static Tile<A> join(const Tile<A>& a, const Tile<A>& b, const Tile<A>& c,
+                                 const Tile<A>& d) {
+    Tile<A> sum;
+    for (int i = 0; i < kLanes; i += kCount) {
+      V v[4];
+      const Tile<A>* const from[4] = {&a, &b, &c, &d};
+      for (int k = 0; k < 4; ++k)
+        std::memcpy(&v[k], (const char*)from[k] + i * sizeof(A), sizeof v[k]);
+      const V s = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
+      std::memcpy((char*)&sum + i * sizeof(A), &s, sizeof s);
+    }
+    return sum;
+  }
+  // Of each four of a, then of b: the sums of the first two and of the last two.
+  FASTRES_HD static V pairs(const V& a, const V& b) {
+    return Shuffles::template shuffle<0, 2, 4, 6>(a, b) +
+           Shuffles::template shuffle<1, 3, 5, 7>(a, b);
+  }
+#if defined(__AVX512F__)
+  // The same with four lanes for one.
+  FASTRES_HD static V parts(const V& a, const V& b) {
+    return (V)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) +
+           (V)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  }
+#endif
+};
+
+// kGroups groups of kSamples samples share a weight on its way.
+template <class T, int kSamples, int kGroups> class Few {
   using A = typename Stored<T>::A;
+  using W = std::conditional_t<kSamples == 1, T, A>;  // what is used once is widened as it is used
+  using Tiles = Abreast<A, kSamples>;
+  static constexpr int64_t kFeatures = Tiles::kFeatures;
+  static constexpr int kRegisters = kAccumulators / Tile<A>::kCount / kGroups;
+  // Rows whose sums stay in registers, and rows after which they are joined.
+  static constexpr int kRows = kRegisters < 4 ? 4 : kSamples > 1 && kRegisters > 8 ? 8 : kRegisters;
+  static constexpr int kJoined = kRows < kFeatures ? kFeatures : kRows;
 
  public:
-  Few(const Args& a, void* buffer)
+  Few(const Args& a, int64_t row, int64_t rows, void* buffer)
       : a_(a),
         activate_(pick_activation(
             a.shape.activation,
             [](auto activation) { return &activate<decltype(activation)::value, A>; })),
         s_(a.shape),
-        ahead_(least(s_.width * s_.hidden, kMostAhead)),
+        row_(row),
+        rows_(rows),
+        groups_(round_up(ceil_div(rows, kSamples), kGroups)),
         x_(static_cast<A*>(buffer)),
-        h_(x_ + s_.batch * s_.width),
-        sums_(h_ + s_.batch * s_.hidden) {}
+        h_(x_ + groups_ * kSamples * s_.width),
+        sums_(h_ + groups_ * kSamples * s_.hidden),
+        weights_(s_.width > s_.hidden ? s_.width : s_.hidden, s_.width * s_.hidden) {}
 
   void run(Member* member) {
     in_order(
@@ -34,104 +112,175 @@ template <class T> class Few {
           hidden(block, Chunk(chunk, s_.hidden));
         },
         [&](int64_t block, int64_t chunk) { branch(block, Chunk(chunk, s_.width)); },
-        [&] {
-          if (a_.last > a_.first) store_sums(a_.last - a_.first - 1);
-          for (int64_t i = 0; a_.y && i < s_.batch; ++i)
-            move(x(i), in<T>(a_.y, i * s_.width), s_.width);
-        });
+        [&] { finish(); });
   }
 
  private:
   int64_t chunks() const { return ceil_div(s_.width, kChunk); }
   int64_t set(int64_t block) const { return s_.shared ? 0 : a_.first + block; }
-  A* x(int64_t sample) const { return x_ + sample * s_.width; }
-  A* h(int64_t sample) const { return h_ + sample * s_.hidden; }
-  A* sums(int64_t sample, int64_t chunk) const { return sums_ + (sample * chunks() + chunk) * 3; }
+  // [features / kFeatures, kSamples, kFeatures]
+  A* x(int64_t group) const { return x_ + group * kSamples * s_.width; }
+  A* h(int64_t group) const { return h_ + group * kSamples * s_.hidden; }
+  A* sums(int64_t group, int64_t chunk) const {  // 3 tiles
+    return sums_ + (group * chunks() + chunk) * 3 * kLanes;
+  }
+  // Where features [from, from + kFeatures) of a sample stand.
+  A* place(int64_t sample, int64_t from) const {
+    return x(sample / kSamples) + from * kSamples + sample % kSamples * kFeatures;
+  }
+
+  Rows<W> rows(const T* from, int64_t rows, int64_t cols) {
+    if constexpr (std::is_same_v<W, T>) return weights_.in_place(from, cols);
+    else return weights_.rows(from, rows, cols);
+  }
 
   void load() {
-    for (int64_t i = 0; i < s_.batch; ++i) {
-      move(in<T>(a_.x, i * s_.width), x(i), s_.width);
-      keep_state(i, 0, Chunk(0, s_.width), s_.width);
+    for (int64_t i = 0; i < groups_ * kSamples; ++i)
+      for (int64_t c = 0; c < s_.width; c += kLanes) {
+        alignas(64) A some[kLanes] = {};
+        if (i < rows_) move(in<T>(a_.x, (row_ + i) * s_.width + c), some, kLanes);
+        for (int64_t k = 0; k < kLanes; k += kFeatures)
+          std::memcpy(place(i, c + k), some + k, kFeatures * sizeof(A));
+      }
+    keep_state(0, Chunk(0, s_.width), s_.width);
+  }
+
+  // Features [from, from + size) of all samples, to [samples, D].
+  void store_rows(void* to, int64_t from, int64_t size) const {
+    for (int64_t i = 0; i < rows_; ++i)
+      for (int64_t c = from; c < from + size; c += kLanes) {
+        alignas(64) A some[kLanes];
+        for (int64_t k = 0; k < kLanes; k += kFeatures)
+          std::memcpy(some + k, place(i, c + k), kFeatures * sizeof(A));
+        move(some, in<T>(to, (row_ + i) * s_.width + c), kLanes);
+      }
+  }
+
+  void keep_state(int64_t blocks_done, const Chunk& chunk, int64_t size) {
+    if (!a_.states || blocks_done % a_.every || blocks_done == a_.last - a_.first) return;
+    store_rows(in<T>(a_.states, blocks_done / a_.every * s_.batch * s_.width), chunk.first, size);
+  }
+
+  // out[g] <- bias + w in[g] for kGroups groups.
+  static void product(int64_t rows, const Rows<W>& w, const A* bias, const A* in, int64_t count,
+                      A* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; r += kJoined) {
+      Tile<A> sums[kGroups][kJoined];
+#pragma GCC unroll 4
+      for (int i = 0; i < kJoined; i += kRows) add_rows(w.from_row(r + i), in, count, i, sums);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+        for (int i = 0; i < kJoined; i += kFeatures) {
+          Tile<A> some[kFeatures];
+#pragma GCC unroll 16
+          for (int k = 0; k < kFeatures; ++k) some[k] = sums[g][i + k];
+          Stored<A>::store(out + g * out_stride + (r + i) * kSamples,
+                           Tiles::of(bias + r + i) + Tiles::joined(some));
+        }
     }
   }
-
-  void keep_state(int64_t sample, int64_t blocks_done, const Chunk& chunk, int64_t size) {
-    if (!a_.states || blocks_done % a_.every || blocks_done == a_.last - a_.first) return;
-    const int64_t row = blocks_done / a_.every * s_.batch + sample;
-    move(x(sample) + chunk.first, in<T>(a_.states, row * s_.width + chunk.first), size);
-  }
-
-  // out[r] = <row r of w, v> for the rows of a chunk.
-  void dots(const T* w, int64_t rows, const A* v, int64_t count, A* out) const {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) dots_of_rows<4>(w + r * count, v, count, out + r);
-    for (; r < rows; ++r) dots_of_rows<1>(w + r * count, v, count, out + r);
-  }
-  template <int kRows>
-  FASTRES_HD void dots_of_rows(const T* w, const A* v, int64_t count, A* out) const {
-    Tile<A> sum[kRows]{};
-    for (int64_t k = 0; k < count; k += kLanes) {
-      const Tile<A> part = Stored<A>::load(v + k);
+  FASTRES_HD static void add_rows(const Rows<W>& w, const A* in, int64_t count, int at,
+                                  Tile<A> (&sums)[kGroups][kJoined]) {
+    Tile<A> sum[kGroups][kRows]{};
+    for (int64_t k = 0; k < count; k += kFeatures) {
+      for (int64_t i = 0; i < kFeatures; i += 4) w.fetch(k + i, kRows);
+      Tile<A> v[kGroups];
 #pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) v[g] = Stored<A>::load(in + (g * count + k) * kSamples);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const T* from = w + r * count + k;
-        __builtin_prefetch(from + ahead_, 0, 2);
-        sum[r] += Stored<T>::load(from) * part;
+        const Tile<A> weights = Tiles::of(&w(r, k));
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) sum[g][r] += weights * v[g];
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) out[r] = sum[r].sum();
+    for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sums[g][at + r] = sum[g][r];
   }
 
+  // h <- act(W1 x + b1)
   void hidden(int64_t block, const Chunk& chunk) {
     const int64_t at = set(block) * s_.hidden + chunk.first;
-    for (int64_t i = 0; i < s_.batch; ++i) {
-      A* z = h(i) + chunk.first;
-      dots(in<T>(a_.weights.w1, at * s_.width), chunk.size, x(i), s_.width, z);
-      for (int64_t r = 0; r < chunk.size; r += kLanes)
-        Stored<A>::store(z + r,
-                         Stored<T>::load(in<T>(a_.weights.b1, at + r)) + Stored<A>::load(z + r));
-      activate_(z, chunk.size);
+    const Rows<W> w1 = rows(in<T>(a_.weights.w1, at * s_.width), chunk.size, s_.width);
+    const A* b1 = weights_.bias(in<T>(a_.weights.b1, at), chunk.size);
+    for (int64_t g = 0; g < groups_; g += kGroups) {
+      A* out = h(g) + chunk.first * kSamples;
+      product(chunk.size, w1, b1, x(g), s_.width, out, s_.hidden * kSamples);
+      for (int64_t i = 0; i < kGroups; ++i)
+        activate_(out + i * s_.hidden * kSamples, chunk.size * kSamples);
     }
   }
 
+  // x <- x + gate * (W2 h + b2), and the sums over the features of the chunk.
   void branch(int64_t block, const Chunk& chunk) {
     const int64_t at = set(block) * s_.width + chunk.first;
-    alignas(64) A f[kChunk];
-    for (int64_t i = 0; i < s_.batch; ++i) {
-      dots(in<T>(a_.weights.w2, at * s_.hidden), chunk.size, h(i), s_.hidden, f);
-      const A gate = gate_of<A>(a_.weights, a_.first + block, i);
-      SumTiles<A> sum;
-      for (int64_t r = 0; r < chunk.size; r += kLanes) {
-        const Tile<A> p = gate *
-                          (Stored<T>::load(in<T>(a_.weights.b2, at + r)) + Stored<A>::load(f + r)),
-                      skip = Stored<A>::load(x(i) + chunk.first + r);
-        sum.add(skip, p);
-        Stored<A>::store(x(i) + chunk.first + r, skip + p);
+    const Rows<W> w2 = rows(in<T>(a_.weights.w2, at * s_.hidden), chunk.size, s_.hidden);
+    const A* b2 = weights_.bias(in<T>(a_.weights.b2, at), chunk.size);
+    alignas(64) A f[kGroups][kChunk * kSamples];
+    for (int64_t first = 0; first < groups_; first += kGroups) {
+      product(chunk.size, w2, b2, h(first), s_.hidden, f[0], kChunk * kSamples);
+      for (int64_t g = first; g < first + kGroups; ++g) {
+        const Tile<A> gate = gates(block, g);
+        SumTiles<A> sum;
+        for (int64_t r = 0; r < chunk.size * kSamples; r += kLanes) {
+          A* stream = x(g) + chunk.first * kSamples + r;
+          const Tile<A> skip = Stored<A>::load(stream),
+                        p = gate * Stored<A>::load(f[g - first] + r);
+          sum.add(skip, p);
+          Stored<A>::store(stream, skip + p);
+        }
+        A* to = sums(g, chunk.number);
+        Stored<A>::store(to, sum.skip_sq);
+        Stored<A>::store(to + kLanes, sum.branch_sq);
+        Stored<A>::store(to + 2 * kLanes, sum.dot);
       }
-      A* to = sums(i, chunk.number);
-      to[0] = sum.skip_sq.sum();
-      to[1] = sum.branch_sq.sum();
-      to[2] = sum.dot.sum();
-      keep_state(i, block + 1, chunk, chunk.size);
     }
+    keep_state(block + 1, chunk, chunk.size);
   }
 
+  Tile<A> gates(int64_t block, int64_t group) const {
+    alignas(64) A each[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t sample = group * kSamples + i / kFeatures;
+      each[i] = sample < rows_ ? gate_of<A>(a_.weights, a_.first + block, row_ + sample) : A(1);
+    }
+    return Stored<A>::load(each);
+  }
+
+  // Adds up what the chunks left of a block's sums.
   void store_sums(int64_t block) {
     if (!a_.sums) return;
-    for (int64_t i = 0; i < s_.batch; ++i)
+    for (int64_t g = 0; g < groups_; ++g)
       for (int64_t k = 0; k < 3; ++k) {
-        A total = 0;
-        for (int64_t chunk = 0; chunk < chunks(); ++chunk) total += sums(i, chunk)[k];
-        in<A>(a_.sums, ((a_.first + block) * 3 + k) * s_.batch)[i] = total;
+        Tile<A> total{};
+        for (int64_t chunk = 0; chunk < chunks(); ++chunk)
+          total += Stored<A>::load(sums(g, chunk) + k * kLanes);
+        // The lanes of a sample, side by side, as those of a feature each.
+        Tile<A> each[kFeatures];
+        for (Tile<A>& tile : each) tile = total;
+        alignas(64) A lanes[kLanes];
+        Stored<A>::store(lanes, Tiles::joined(each));
+        A* to = in<A>(a_.sums, ((a_.first + block) * 3 + k) * s_.batch + row_) + g * kSamples;
+        for (int64_t i = 0; i < least(kSamples, rows_ - g * kSamples); ++i)
+          to[i] = lanes[i * kFeatures];
       }
+  }
+
+  void finish() {
+    if (a_.last > a_.first) store_sums(a_.last - a_.first - 1);
+    if (a_.y) store_rows(a_.y, 0, s_.width);
   }
 
   const Args& a_;
   void (*const activate_)(A*, int64_t);
   const Shape& s_;
-  const int64_t ahead_;
-  A *const x_, *const h_, *const sums_;  // [batch, D], [batch, H], [batch, chunks, 3]
+  const int64_t row_, rows_, groups_;
+  A *const x_, *const h_,
+                   *const sums_;  // [groups, kSamples * D], the same with H, the chunks' sums
+  Widened<T> weights_;
 };
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

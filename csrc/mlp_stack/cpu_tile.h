@@ -25,10 +25,11 @@ template <class T> class Widened {
   Widened(int64_t most, int64_t matrix, int direction = 1)
       : ahead_(direction * least(matrix, kMostAhead)), buffer_(kInPlace ? 0 : kChunk * most) {}
 
+  Rows<T> in_place(const T* from, int64_t cols) const { return {from, cols, ahead_}; }
   // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.
   Rows<A> rows(const T* from, int64_t rows, int64_t cols) {
     if constexpr (kInPlace) return {from, cols, ahead_};
-    else return {widen(from, cols, rows, cols, buffer_.data()), cols};
+    else return {widen(from, cols, rows, cols, buffer_.data(), ahead_), cols};
   }
   Columns<A> columns(const T* from, int64_t stride, int64_t rows, int64_t cols) {
     if constexpr (kInPlace) return {from, stride, ahead_};
@@ -40,8 +41,13 @@ template <class T> class Widened {
   }
 
  private:
-  static const A* widen(const T* from, int64_t stride, int64_t rows, int64_t cols, A* to) {
-    for (int64_t r = 0; r < rows; ++r) move(from + r * stride, to + r * cols, cols);
+  static const A* widen(const T* from, int64_t stride, int64_t rows, int64_t cols, A* to,
+                        int64_t ahead = 0) {
+    for (int64_t r = 0; r < rows; ++r, from += stride) {
+      for (int64_t c = 0; ahead && c < cols; c += 64 / sizeof(T))
+        __builtin_prefetch(from + c + ahead, 0, 2);
+      move(from, to + r * cols, cols);
+    }
     return to;
   }
   const int64_t ahead_;

@@ -32,20 +32,21 @@ void run(const BackwardArgs& a, const Tensor& x) {
 // 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
 constexpr int64_t kLeftBytes = 2 << 20;
 
-// Passes all samples through `alone`(row, rows, buffer) tile by tile, or as one tile through
-// `together`(buffer, team, members) where not all threads find one.
+// Passes all samples through `alone`(row, rows, buffer) tile by tile, each of whole `step`s, or as
+// one tile through `together`(buffer, team, members) where not all threads find one.
 template <class Bytes, class Alone, class Together>
-void for_tiles(const Shape& s, const Bytes& bytes, const Alone& alone, const Together& together) {
-  const int members = members_for(s, torch::stable::get_num_threads());
+void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& alone,
+               const Together& together) {
+  const int members = members_for(s, step, torch::stable::get_num_threads());
   if (members > 1) return as_team(members, bytes(s, s.batch), together);
   fastres::for_tiles(
-      s.batch, kLargestGroup, [&](int64_t rows) { return bytes(s, rows); },
+      s.batch, step, [&](int64_t rows) { return bytes(s, rows); },
       [&](int64_t, int64_t row, int64_t rows, void* buffer) { alone(row, rows, buffer); });
 }
 
 void run(const Args& a) {
   for_tiles(
-      a.shape, forward_tile_bytes,
+      a.shape, forward_step(a), forward_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) {
         forward_for_this_cpu()(a, row, rows, buffer);
       },
@@ -66,7 +67,7 @@ void run_in_turns(const BackwardArgs& a) {
 void run(const BackwardArgs& a) {
   if (in_turns(a)) return run_in_turns(a);
   for_tiles(
-      a.shape, chain_tile_bytes,
+      a.shape, kLargestGroup, chain_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);
