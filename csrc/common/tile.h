@@ -153,12 +153,18 @@ struct Float16 {
 
 template <class T> struct Stored {  // float, double: no conversion
   using A = T;
+  // Vector by vector: a tile of several gcc would take through memory.
   FASTRES_HD static Tile<A> load(const T* p) {
-    Tile<A> t;
-    std::memcpy(&t, p, sizeof t);
-    return t;
+    return Tile<A>::map([&](int i) {
+      typename Tile<A>::Vector v;
+      std::memcpy(&v, p + i * Tile<A>::kWidth, sizeof v);
+      return v;
+    });
   }
-  FASTRES_HD static void store(T* p, const Tile<A>& t) { std::memcpy(p, &t, sizeof t); }
+  FASTRES_HD static void store(T* p, const Tile<A>& t) {
+    for (int i = 0; i < Tile<A>::kCount; ++i)
+      std::memcpy(p + i * Tile<A>::kWidth, &t.v[i], sizeof t.v[i]);
+  }
 };
 
 template <> struct Stored<BFloat16> {
