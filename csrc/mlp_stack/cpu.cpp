@@ -18,16 +18,17 @@ void run(const Args& a, int64_t row, int64_t rows, void* buffer, const How& how)
 }
 
 void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
+  const int64_t batch = a.shape.batch;
   if (!are_few(a.shape)) return run<Forward>(a, row, rows, buffer, member);
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    constexpr bool kSeveral = kWide<typename Stored<T>::A> > 1;
-    const auto by = [&](auto few) { few.run(member); };
-    if (a.shape.batch == 1) by(Few<T, 1, 1>(a, row, rows, buffer));
-    else if (kSeveral && rows > 2 * kFour)
-      by(Few<T, kFour, kSeveral ? 4 : 1>(a, row, rows, buffer));
-    else if (kSeveral && rows > kFour) by(Few<T, kFour, kSeveral ? 2 : 1>(a, row, rows, buffer));
-    else by(Few<T, kFour, 1>(a, row, rows, buffer));
+    constexpr bool kSeveral =
+        kWide<typename Stored<T>::A> > 1;  // groups, whose sums find registers
+    if (batch == 1) Few<T, 1, 1>(a, row, rows, buffer).run(member);
+    else if (batch > kFour && !kSeveral) run<Forward>(a, row, rows, buffer, member);
+    else if (rows > 2 * kFour) Few<T, kFour, kSeveral ? 4 : 1>(a, row, rows, buffer).run(member);
+    else if (rows > kFour) Few<T, kFour, kSeveral ? 2 : 1>(a, row, rows, buffer).run(member);
+    else Few<T, kFour, 1>(a, row, rows, buffer).run(member);
   });
 }
 

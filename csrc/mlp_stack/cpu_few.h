@@ -6,12 +6,10 @@
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// Tiles of kSamples samples with kFeatures features each. V: a register, or four numbers.
+// Tiles of kSamples samples with kFeatures features each.
 template <class A, int kSamples> struct Abreast {
-  static constexpr int kFeatures = kLanes / kSamples;
-  static constexpr int kCount = Tile<A>::kWidth < 4 ? 4 : Tile<A>::kWidth;
-  using Shuffles = Quads<A, kCount / 4>;
-  using V = typename Shuffles::Vector;
+  static constexpr int kFeatures = kLanes / kSamples, kWidth = Tile<A>::kWidth;
+  using V = typename Tile<A>::Vector;
 
   // kFeatures numbers, once for each sample.
   template <class T> FASTRES_HD static Tile<A> of(const T* numbers) {
@@ -35,39 +33,41 @@ template <class A, int kSamples> struct Abreast {
   }
 
  private:
-  FASTRES_HD static Tile<A> repeated(const A* numbers) {
-    V v;
+  FASTRES_HD static Tile<A> repeated(const A* four) {
+    return Tile<A>::map([&](int i) {
+      V v;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) v = (V)_mm512_broadcast_f32x4(_mm_loadu_ps(numbers));
-    else v = (V)_mm512_broadcast_f64x4(_mm256_loadu_pd(numbers));
+      if constexpr (sizeof(A) == 4) return (V)_mm512_broadcast_f32x4(_mm_loadu_ps(four));
+      else return (V)_mm512_broadcast_f64x4(_mm256_loadu_pd(four));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(A) == 4) v = (V)_mm256_broadcast_ps((const __m128*)numbers);
-    else std::memcpy(&v, numbers, sizeof v);
-#else
-    std::memcpy(&v, numbers, sizeof v);
+      if constexpr (sizeof(A) == 4) return (V)_mm256_broadcast_ps((const __m128*)four);
 #endif
-    Tile<A> t;
-    for (int i = 0; i < kLanes; i += kCount) std::memcpy((char*)&t + i * sizeof(A), &v, sizeof v);
-    return t;
+      std::memcpy(&v, four + i * kWidth % 4, sizeof v);
+      return v;
+    });
   }
+
   // Lane i of each four lanes: the sum of these lanes of argument i.
   FASTRES_HD static Tile<A> join(const Tile<A>& a, const Tile<A>& b, const Tile<A>& c,
                                  const Tile<A>& d) {
-    Tile<A> sum;
-    for (int i = 0; i < kLanes; i += kCount) {
-      V v[4];
+    if constexpr (kWidth >= 4) {
+      return Tile<A>::map(
+          [&](int i) { return pairs(pairs(a.v[i], b.v[i]), pairs(c.v[i], d.v[i])); });
+    } else {
       const Tile<A>* const from[4] = {&a, &b, &c, &d};
-      for (int k = 0; k < 4; ++k)
-        std::memcpy(&v[k], (const char*)from[k] + i * sizeof(A), sizeof v[k]);
-      const V s = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
-      std::memcpy((char*)&sum + i * sizeof(A), &s, sizeof s);
+      alignas(64) A sums[kLanes], part[kLanes];
+      for (int r = 0; r < 4; ++r) {
+        Stored<A>::store(part, *from[r]);
+        for (int i = 0; i < kLanes; i += 4)
+          sums[i + r] = (part[i] + part[i + 1]) + (part[i + 2] + part[i + 3]);
+      }
+      return Stored<A>::load(sums);
     }
-    return sum;
   }
   // Of each four of a, then of b: the sums of the first two and of the last two.
   FASTRES_HD static V pairs(const V& a, const V& b) {
-    return Shuffles::template shuffle<0, 2, 4, 6>(a, b) +
-           Shuffles::template shuffle<1, 3, 5, 7>(a, b);
+    using Fours = Quads<A, kWidth / 4>;
+    return Fours::template shuffle<0, 2, 4, 6>(a, b) + Fours::template shuffle<1, 3, 5, 7>(a, b);
   }
 #if defined(__AVX512F__)
   // The same with four lanes for one.
