@@ -1,0 +1,63 @@
+"""The instruction sets of a CPU: the same numbers by all of them, each as fast as it is wide."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.ops import native
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
+WIDEST = native.C.build_info()["isa_in_use"] if native.C else ""
+
+
+def run(isa, *command):
+    """Run Python with no more than an instruction set; return what it prints."""
+    command = [sys.executable, *command]
+    env = {**os.environ, "FASTRES_ISA": isa}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+ADD = """
+import torch, fastres
+torch.manual_seed(0)
+x, f = torch.randn(2, 3, 4099)
+y, s = fastres.residual_add(x.half(), f.half(), 0.3, relu=True)
+b, t = fastres.residual_add(x.bfloat16(), f.bfloat16(), relu=True)
+print(y.double().sum().item(), b.double().sum().item(), *s.sums.flatten().tolist())
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_gives_the_same_numbers(isa):
+    ours, widest = ([float(v) for v in run(i, "-c", ADD).split()] for i in (isa, WIDEST))
+    torch.testing.assert_close(ours, widest, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_few_samples_are_right_by_every_instruction_set(isa):
+    run(isa, "-m", "pytest", "-q", "tests/test_mlp_stack_few.py")
+
+
+STACK = """
+import time, torch, fastres
+torch.set_num_threads(1)
+x, w, b = torch.randn(64, 64), torch.randn(100, 64, 64) / 30, torch.zeros(100, 64)
+def seconds():
+    start = time.perf_counter()
+    fastres.mlp_stack(x, w, b, w, b)
+    return time.perf_counter() - start
+print(min(seconds() for _ in range(50)))
+"""
+
+
+@pytest.mark.skipif(WIDEST != "avx512", reason="a CPU without AVX-512")
+def test_registers_half_as_wide_take_no_more_than_four_times_as_long():
+    # Twice is what it comes to. A tile that goes through memory takes nine times as long.
+    assert float(run("avx2", "-c", STACK)) < 4 * float(run("avx512", "-c", STACK))

@@ -1,0 +1,66 @@
+"""mlp_stack of few samples in widths of whole vectors, which the CPU takes by fours."""
+
+import pytest
+import torch
+from contract import DTYPES
+from test_mlp_stack import eager, needs_library, rms, stack
+
+from fastres.ops.mlp_stack import mlp_stack, reference
+
+BATCHES = range(1, 18)  # to one beyond
+pytestmark = needs_library
+
+
+def gates(blocks, batch):
+    return torch.linspace(-1, 1.5, blocks * batch).view(blocks, batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "hidden"), [(16, 32), (48, 16), (64, 96), (160, 112)])
+def test_few_samples_are_as_exact_as_eager(width, hidden, dtype):
+    for batch in BATCHES:
+        args = [*stack(batch, width, hidden, 3, dtype=dtype, seed=batch), gates(3, batch)]
+        exact, exact_stats = reference(*(a.double() for a in args), "gelu")
+        y, stats = mlp_stack(*args, "gelu")
+        near, _ = eager(*args, "gelu")
+        bound = 2 * max(rms(near - exact), torch.finfo(dtype).eps * rms(exact))
+        assert rms(y - exact) <= bound, batch
+        wide = {"rtol": 1e-5 if dtype.itemsize > 2 else 0.05, "atol": 1e-4}
+        torch.testing.assert_close(stats.sums.double(), exact_stats.sums, **wide)
+
+
+@pytest.mark.parametrize("width", [64, 128])  # samples are shared out, or rows
+def test_no_number_of_threads_changes_a_bit(width):
+    before, runs = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in BATCHES:
+                args = stack(batch, width, width, 40)
+                y, stats = mlp_stack(*args, gates(40, batch), "silu")
+                first = runs.setdefault(batch, (y, stats.sums))
+                assert torch.equal(y, first[0]), (threads, batch)
+                assert torch.equal(stats.sums, first[1]), (threads, batch)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_does_not_depend_on_its_place_among_few(dtype):
+    x, *weights = stack(16, 32, 48, 3, dtype=dtype)
+    y, stats = mlp_stack(x, *weights, 0.5)
+    for batch in range(9, 16):
+        part, of_part = mlp_stack(x[16 - batch :], *weights, 0.5)
+        assert torch.equal(part, y[16 - batch :]), batch
+        assert torch.equal(of_part.sums, stats.sums[..., 16 - batch :]), batch
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 13, 16])
+def test_the_states_are_those_of_fewer_blocks(batch):
+    x, *weights = stack(batch, 32, 64, 5)
+    states, stats = mlp_stack(x, *weights, return_states=True)
+    for i in range(6):
+        y, _ = mlp_stack(x, *(w[:i] for w in weights))
+        assert torch.equal(states[i], y)
+    torch.testing.assert_close(stats.skip_sq, states[:-1].square().sum(2))
+    torch.testing.assert_close(stats.branch_sq, states.diff(dim=0).square().sum(2))
