@@ -18,12 +18,13 @@ the CPU kernels compute in.
 What explains the figures. Eager runs 1200 operations, so that below B = 128 its time is that of
 calls. There fastres waits for memory: a product is over before its weights have come from the last
 cache, and threads that share one product wait twice a block for each other's rows; reading alone
-is the limit, and it gets to a third of that. From B = 128 on it computes: the product of 8 rows by
-32 samples stays in registers, and activation, residual and sums are passes over numbers in the
-nearest cache, which weigh the more the narrower the blocks. Where eager itself is at 60 % of the
-limit (B = 1024, D = 128 and 256), nothing can be twice as fast. A training step also moves all
-states and gradients through memory; the chain adds a slab of 64 samples to the weight gradients
-while it is in cache.
+is the limit, and it gets to a third of that. Up to 16 samples of narrow blocks go by fours, each
+thread some: nobody waits, but every thread reads all weights. From B = 128 on it computes: the
+product of 8 rows by 32 samples stays in registers, and activation, residual and sums are passes
+over numbers in the nearest cache, which weigh the more the narrower the blocks. Where eager itself
+is at 60 % of the limit (B = 1024, D = 128 and 256), nothing can be twice as fast. A training step
+also moves all states and gradients through memory; the chain adds a slab of 64 samples to the
+weight gradients while it is in cache.
 
 The baselines are those of `stack_baselines`: the ratio to `eager`, which has no norms, is the one
 that goals are about. "norms" runs the operator with its sums against the operator without them.
