@@ -149,7 +149,8 @@ def main() -> None:
             command = [sys.executable, "-m", "sanitizing.calls", kind, "all"]
             given = {**environment(kind, made), "FASTRES_ISA": isa}
             subprocess.run(command, cwd=HERE.parent, env=given, check=True)
-        tests = [f"test_{name}.py" for name in [*ROOMS, "fuzz", "repeatable", "workers"]]
+        names = [*ROOMS, "mlp_stack_few", "fuzz", "repeatable", "workers"]
+        tests = [f"test_{name}.py" for name in names]
         ours = f"not ({' or '.join(NOT_OURS_OF[kind])})"
         command = [sys.executable, "-m", "pytest", "-q", "-k", ours]
         # Not --capture=fd: a sanitizer ends the process, and its report would go with it.
