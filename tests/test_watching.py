@@ -1,24 +1,19 @@
-"""A model that is watched may fail, change, be copied, differentiated and interrupted."""
+"""A model that is watched may fail, change, be copied and be called in unusual ways."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pickle import dumps, loads
 
 import pytest
 import torch
-from models import Block, residual_mlp, stacks
+from models import Block, residual_mlp
+from record_models import vectors
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from fastres.ops import native
 from fastres.record import record
-
-
-def vectors(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
 
 
 class Fickle(nn.Module):
@@ -122,54 +117,6 @@ def test_two_records_may_begin_at_one_call(part):
     assert one.samples == other.samples == 6
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("width", [8, 512])
-def test_functorch_derivatives_are_those_of_the_model(first, width):
-    model, x = residual_mlp(width, 2).requires_grad_(False), vectors(128)
-
-    def loss(x: Tensor) -> Tensor:
-        return model(x).square().sum()
-
-    plain = torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (x,)), torch.func.vjp(loss, x)[0]
-    with record(model) as tape:
-        if not first:
-            model(x)
-        got = torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (x,)), torch.func.vjp(loss, x)[0]
-    assert torch._C._len_torch_function_stack() == 0
-    assert torch.equal(plain[0], got[0])
-    assert torch.equal(plain[2], got[2])
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], got[1], strict=True))
-    with record(model) as alone:
-        model(x)
-    torch.testing.assert_close(tape.absolute, alone.absolute)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_functorch_derivatives_of_a_stack_are_those_of_the_model(first):
-    model, x = stacks(3)[0].requires_grad_(False), vectors(5)
-
-    def loss(x: Tensor) -> Tensor:
-        return model(x).square().sum()
-
-    plain = torch.func.grad(loss)(x), *torch.func.jvp(loss, (x,), (x,))
-    with record(model) as tape:
-        if not first:
-            model(x)
-        got = torch.func.grad(loss)(x), *torch.func.jvp(loss, (x,), (x,))
-    assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
-    with record(model) as alone:
-        model(x)
-    torch.testing.assert_close(tape.absolute, alone.absolute)
-
-
-def test_a_forward_tangent_goes_through_a_recorded_add():
-    model, x = residual_mlp(8, 2).requires_grad_(False), vectors()
-    with record(model), forward_ad.dual_level():
-        for _ in range(2):
-            out = model(forward_ad.make_dual(x, torch.ones_like(x)))
-            assert forward_ad.unpack_dual(out).tangent is not None
-
-
 def test_a_failure_before_the_first_pass_leaves_no_mode(monkeypatch):
     from fastres.versions import Graph
 
@@ -178,18 +125,6 @@ def test_a_failure_before_the_first_pass_leaves_no_mode(monkeypatch):
     with record(model), pytest.raises(TypeError):
         model(vectors())
     assert torch._C._len_torch_function_stack() == 0
-
-
-@pytest.mark.parametrize("model", [residual_mlp(8, 2), stacks(2)[0]])
-def test_vmap_is_refused_and_the_earlier_passes_stay_readable(model):
-    refused = pytest.raises(RuntimeError, match="record: model must not run under vmap, got a bat")
-    with record(model) as tape:
-        for _ in range(2):
-            with refused:
-                torch.func.vmap(model)(torch.randn(5, 3, 4))
-            model(vectors())
-    assert tape.samples == 4
-    assert tape.absolute.isfinite().all()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: loads(dumps(m))])
@@ -209,86 +144,6 @@ def test_a_copy_made_while_recording_is_a_model_of_its_own(copied, passes):
     assert again.names == tape.names
 
 
-class Interrupted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.when = Block(4), ""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        if self.when == "between":
-            raise KeyboardInterrupt
-        y = self.block.branch(x)
-        if self.when == "at the add":
-            raise KeyboardInterrupt
-        return x + y
-
-
-@pytest.mark.parametrize("when", ["between", "at the add"])
-@pytest.mark.parametrize("first", [True, False])
-def test_after_a_keyboard_interrupt_recording_goes_on(when, first):
-    model, x = Interrupted(), vectors()
-    with record(model) as tape:
-        if not first:
-            model(x)
-        model.when = when
-        with pytest.raises(KeyboardInterrupt):
-            model(x)
-        model.when = ""
-        for _ in range(3):  # of the caller, who need not know
-            x = model.block(x) + model.block.branch(x)
-        assert first or torch._C._len_torch_function_stack() == 0
-        model(x)
-        model(x)
-    assert torch._C._len_torch_function_stack() == 0
-    assert tape.samples == (4 if first else 6)
-
-
-class Breaking(Block):
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        self.calls += 1
-        if self.calls % 2 == 0:
-            raise KeyboardInterrupt
-        return x
-
-
-class Catching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.last = Breaking(4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        with contextlib.suppress(KeyboardInterrupt):
-            x = self.inner(x)
-        return x + self.last(x)
-
-
-class Around(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.last = Catching(), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
-        x = x + x.cos()
-        return x + self.last(x)
-
-
-def test_a_keyboard_interrupt_that_the_model_catches_is_its_own_affair():
-    model = Around()
-    with record(model) as tape:
-        for _ in range(3):
-            model(vectors())
-    assert tape.names[0] == "inner.inner[0]"
-    assert tape.names[3] == "Around"
-    assert len(tape.names) == 4
-    assert tape.samples == 6
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_one_record_computes_is_hidden_from_another(dtype):
     class Three(nn.Module):
@@ -304,18 +159,6 @@ def test_what_one_record_computes_is_hidden_from_another(dtype):
     with record(model) as below, record(model) as above:
         model(vectors())
     assert below.names == above.names == ["Three[0]", "Three[1]"]
-
-
-def test_a_derivative_through_an_inner_derivative_is_kept():
-    model, x = residual_mlp(8, 2).requires_grad_(False), vectors()
-
-    def inner(x: Tensor) -> Tensor:
-        return torch.func.grad(lambda s: (model(x) * s).square().sum())(torch.ones(()))
-
-    plain = torch.func.grad(inner)(x)
-    with record(model):
-        assert torch.equal(torch.func.grad(inner)(x), plain)
-        assert torch.equal(torch.func.grad(inner)(x), plain)
 
 
 def test_a_hook_that_raises_in_front_of_a_module_costs_no_site():
@@ -409,13 +252,3 @@ def test_a_device_without_kernels_is_measured_in_plain_pytorch(monkeypatch):
     with torch.no_grad(), record(model) as tape:
         model(vectors())
     assert tape.absolute.isfinite().all()
-
-
-def test_double_backward_and_user_modes_work_while_recorded():
-    model = residual_mlp(8, 2)
-    x = vectors().requires_grad_()
-    with record(model) as tape, torch.device("cpu"):
-        for _ in range(2):
-            (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-            g.square().sum().backward()
-    assert tape.samples == 4
