@@ -5,7 +5,7 @@
 // as they are, with nothing to pack and no packing to go stale; sums over features need no
 // horizontal step, and no size needs padding. A tile goes through all blocks on one thread; where
 // there are too few samples for that, all threads take the same tile and share out the rows of
-// every product.
+// every product. Of so few that lanes would be idle, features stand beside them (cpu_few.h).
 #pragma once
 #include "../common/isa.h"
 #include "../common/team.h"

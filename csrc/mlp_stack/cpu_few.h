@@ -18,18 +18,20 @@ template <class A, int kSamples> struct Abreast {
   }
   // Feature i of each sample: the sum of what t[i] has of the sample.
   FASTRES_HD static Tile<A> joined(const Tile<A> (&t)[kFeatures]) {
-    if constexpr (kSamples == 4) return join(t[0], t[1], t[2], t[3]);
+    if constexpr (kSamples == 4) {
+      return join(t[0], t[1], t[2], t[3]);
 #if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) {
-      Tile<A> four[4];
+    } else if constexpr (sizeof(A) == 4) {
+      V four[4];
       for (int i = 0; i < 4; ++i)
-        four[i] = join(t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]);
-      return {{parts(parts(four[0].v[0], four[1].v[0]), parts(four[2].v[0], four[3].v[0]))}};
-    }
+        four[i] = join(t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]).v[0];
+      return {{parts(parts(four[0], four[1]), parts(four[2], four[3]))}};
 #endif
-    alignas(64) A sums[kLanes];
-    for (int i = 0; i < kFeatures; ++i) sums[i] = t[i].sum();
-    return Stored<A>::load(sums);
+    } else {
+      alignas(64) A sums[kLanes];
+      for (int i = 0; i < kFeatures; ++i) sums[i] = t[i].sum();
+      return Stored<A>::load(sums);
+    }
   }
 
  private:
