@@ -33,6 +33,11 @@ template <class A, int kSamples> struct Abreast {
       return Stored<A>::load(sums);
     }
   }
+  // In every lane of a sample the sum of its lanes.
+  FASTRES_HD static Tile<A> totals(const Tile<A>& t) {
+    if constexpr (kSamples == 4) return join(t, t, t, t);
+    else return Math<Tile<A>>::of(t.sum());
+  }
 
  private:
   FASTRES_HD static Tile<A> repeated(const A* four) {
@@ -244,6 +249,7 @@ template <class T, int kSamples, int kGroups> class Few {
   }
 
   Tile<A> gates(int64_t block, int64_t group) const {
+    if (!a_.weights.gate) return Math<Tile<A>>::of(1);
     alignas(64) A each[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t sample = group * kSamples + i / kFeatures;
@@ -260,11 +266,8 @@ template <class T, int kSamples, int kGroups> class Few {
         Tile<A> total{};
         for (int64_t chunk = 0; chunk < chunks(); ++chunk)
           total += Stored<A>::load(sums(g, chunk) + k * kLanes);
-        // The lanes of a sample, side by side, as those of a feature each.
-        Tile<A> each[kFeatures];
-        for (Tile<A>& tile : each) tile = total;
         alignas(64) A lanes[kLanes];
-        Stored<A>::store(lanes, Tiles::joined(each));
+        Stored<A>::store(lanes, Tiles::totals(total));
         A* to = in<A>(a_.sums, ((a_.first + block) * 3 + k) * s_.batch + row_) + g * kSamples;
         for (int64_t i = 0; i < least(kSamples, rows_ - g * kSamples); ++i)
           to[i] = lanes[i * kFeatures];

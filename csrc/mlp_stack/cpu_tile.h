@@ -28,7 +28,7 @@ template <class T> class Widened {
   Rows<T> in_place(const T* from, int64_t cols) const { return {from, cols, ahead_}; }
   // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.
   Rows<A> rows(const T* from, int64_t rows, int64_t cols) {
-    if constexpr (kInPlace) return {from, cols, ahead_};
+    if constexpr (kInPlace) return in_place(from, cols);
     else return {widen(from, cols, rows, cols, buffer_.data(), ahead_), cols};
   }
   Columns<A> columns(const T* from, int64_t stride, int64_t rows, int64_t cols) {
