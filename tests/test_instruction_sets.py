@@ -12,7 +12,10 @@ from fastres.ops import native
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(native.C is None, reason="the compiled library is not built")
+BUILT = native.C.build_info()["isas_built"] if native.C else []
 WIDEST = native.C.build_info()["isa_in_use"] if native.C else ""
+# Those below the widest that this CPU has.
+LOWER = BUILT[: BUILT.index(WIDEST)] if native.C else []
 
 
 def run(isa, *command):
@@ -34,21 +37,23 @@ print(y.double().sum().item(), b.double().sum().item(), *s.sums.flatten().tolist
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", LOWER)
 def test_every_instruction_set_gives_the_same_numbers(isa):
     ours, widest = ([float(v) for v in run(i, "-c", ADD).split()] for i in (isa, WIDEST))
     torch.testing.assert_close(ours, widest, rtol=1e-6, atol=1e-3)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", LOWER)
 def test_few_samples_are_right_by_every_instruction_set(isa):
     run(isa, "-m", "pytest", "-q", "tests/test_mlp_stack_few.py")
 
 
 STACK = """
-import time, torch, fastres
+import sys, time, torch, fastres
 torch.set_num_threads(1)
 x, w, b = torch.randn(64, 64), torch.randn(100, 64, 64) / 30, torch.zeros(100, 64)
+if "bfloat16" in sys.argv:
+    x, w, b = x.bfloat16(), w.bfloat16(), b.bfloat16()
 def seconds():
     start = time.perf_counter()
     fastres.mlp_stack(x, w, b, w, b)
@@ -57,7 +62,13 @@ print(min(seconds() for _ in range(50)))
 """
 
 
-@pytest.mark.skipif(WIDEST != "avx512", reason="a CPU without AVX-512")
+@pytest.mark.skipif("avx512" not in [*LOWER, WIDEST], reason="a CPU without AVX-512")
 def test_registers_half_as_wide_take_no_more_than_four_times_as_long():
     # Twice is what it comes to. A tile that goes through memory takes nine times as long.
     assert float(run("avx2", "-c", STACK)) < 4 * float(run("avx512", "-c", STACK))
+
+
+@pytest.mark.skipif(WIDEST != "amx", reason="a CPU without AMX")
+def test_tile_registers_are_faster_than_widening_bfloat16():
+    amx, avx512 = (float(run(isa, "-c", STACK, "bfloat16")) for isa in ("amx", "avx512"))
+    assert amx < 0.7 * avx512, (amx, avx512)  # 0.3 is what it comes to

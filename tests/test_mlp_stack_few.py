@@ -25,19 +25,21 @@ def test_few_samples_are_as_exact_as_eager(width, hidden, dtype):
         near, _ = eager(*args, "gelu")
         bound = 2 * max(rms(near - exact), torch.finfo(dtype).eps * rms(exact))
         assert rms(y - exact) <= bound, batch
-        wide = {"rtol": 1e-5 if dtype.itemsize > 2 else 0.05, "atol": 1e-4}
+        # Two bytes: the products may round their factors.
+        wide = {"rtol": 1e-5, "atol": 1e-4} if dtype.itemsize > 2 else {"rtol": 0.05, "atol": 0.02}
         torch.testing.assert_close(stats.sums.double(), exact_stats.sums, **wide)
 
 
-@pytest.mark.parametrize("width", [64, 128])  # samples are shared out, or rows
-def test_no_number_of_threads_changes_a_bit(width):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 128, 256])  # samples are shared out, or rows
+def test_no_number_of_threads_changes_a_bit(width, dtype):
     before, runs = torch.get_num_threads(), {}
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for batch in BATCHES:
-                args = stack(batch, width, width, 40)
-                y, stats = mlp_stack(*args, gates(40, batch), "silu")
+                args = stack(batch, width, width, 20, dtype=dtype)
+                y, stats = mlp_stack(*args, gates(20, batch), "silu")
                 first = runs.setdefault(batch, (y, stats.sums))
                 assert torch.equal(y, first[0]), (threads, batch)
                 assert torch.equal(stats.sums, first[1]), (threads, batch)

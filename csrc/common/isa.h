@@ -2,18 +2,43 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define FASTRES_AMX  // the compiler's assembler knows it
+#endif
 
 namespace fastres {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+// kAmx: the build for AVX-512, whose products of bfloat16 take to tile registers (amx.h).
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
 // FASTRES_ONE_ISA: only the portable kernels are built.
 #if defined(__x86_64__) && !defined(FASTRES_ONE_ISA)
 #define FASTRES_ISAS_X86
+#if defined(FASTRES_AMX)
+constexpr int kIsasBuilt = 4;
+#else
 constexpr int kIsasBuilt = 3;
+#endif
 #else
 constexpr int kIsasBuilt = 1;
 #endif
+
+// Whether this CPU has AMX with bfloat16, AVX-512 for it too, and the system lends us the registers
+// (Linux wants to be asked, once for all threads).
+inline bool has_amx() {
+#if defined(FASTRES_AMX)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  return !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+#else
+  return false;
+#endif
+}
 
 inline Isa best_isa() {
 #if defined(FASTRES_ISAS_X86)
@@ -23,6 +48,7 @@ inline Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  if (avx512 && has_amx()) return Isa::kAmx;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
 #else
   return Isa::kPortable;
@@ -49,7 +75,7 @@ inline Isa isa() {
   namespace avx2 { void name(__VA_ARGS__); }       \
   namespace avx512 { void name(__VA_ARGS__); }     \
   inline auto name##_for_this_cpu() {              \
-    return isa() == Isa::kAvx512 ? avx512::name    \
+    return isa() >= Isa::kAvx512 ? avx512::name    \
            : isa() == Isa::kAvx2 ? avx2::name      \
                                  : portable::name; \
   }

@@ -44,6 +44,7 @@ class Member {
     for (int m = 0; m < size_; ++m)
       wait_until([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
   }
+  int size() const { return size_; }
   bool first() const { return index_ == 0; }
 
  private:

@@ -2,32 +2,43 @@
 #include "cpu_backward.h"
 #include "cpu_few.h"
 #include "cpu_forward.h"
+#include "cpu_pairs.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 namespace {
 
 // Runs a Pass (Forward, Chain) with as many tiles side by side as the batch fills.
 template <template <class, int> class Pass, class Args, class How>
-void run(const Args& a, int64_t row, int64_t rows, void* buffer, const How& how) {
+void run(const Args& a, int64_t row, int64_t rows, void* buffer, int members, const How& how) {
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int kTiles = kWide<typename Stored<T>::A>;
-    if (kTiles == 2 && a.shape.batch > kLanes) Pass<T, kTiles>(a, row, rows, buffer).run(how);
-    else Pass<T, 1>(a, row, rows, buffer).run(how);
+    if (kTiles == 2 && a.shape.batch > kLanes)
+      Pass<T, kTiles>(a, row, rows, buffer, members).run(how);
+    else Pass<T, 1>(a, row, rows, buffer, members).run(how);
   });
 }
 
 void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
   const int64_t batch = a.shape.batch;
-  if (!are_few(a.shape)) return run<Forward>(a, row, rows, buffer, member);
+  const int members = member ? member->size() : 1;
+#if defined(FASTRES_PAIRS)
+  if (in_pairs(a.shape)) {
+    if (rows > kLanes) return ForwardInPairs<2>(a, row, rows, buffer, members).run(member);
+    return ForwardInPairs<1>(a, row, rows, buffer, members).run(member);
+  }
+#endif
+  if (!are_few(a.shape)) return run<Forward>(a, row, rows, buffer, members, member);
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr bool kSeveral = kWide<typename Stored<T>::A> > 1;  // groups find registers
-    if (batch == 1) Few<T, 1, 1>(a, row, rows, buffer).run(member);
-    else if (batch > kFour && !kSeveral) run<Forward>(a, row, rows, buffer, member);
-    else if (rows > 2 * kFour) Few<T, kFour, kSeveral ? 4 : 1>(a, row, rows, buffer).run(member);
-    else if (rows > kFour) Few<T, kFour, kSeveral ? 2 : 1>(a, row, rows, buffer).run(member);
-    else Few<T, kFour, 1>(a, row, rows, buffer).run(member);
+    if (batch == 1) Few<T, 1, 1>(a, row, rows, buffer, members).run(member);
+    else if (batch > kFour && !kSeveral) run<Forward>(a, row, rows, buffer, members, member);
+    else if (rows > 2 * kFour)
+      Few<T, kFour, kSeveral ? 4 : 1>(a, row, rows, buffer, members).run(member);
+    else if (rows > kFour)
+      Few<T, kFour, kSeveral ? 2 : 1>(a, row, rows, buffer, members).run(member);
+    else Few<T, kFour, 1>(a, row, rows, buffer, members).run(member);
   });
 }
 
@@ -42,15 +53,15 @@ void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
 }
 
 void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
-  run<Chain>(a, row, rows, buffer, static_cast<Member*>(nullptr));
+  run<Chain>(a, row, rows, buffer, 1, static_cast<Member*>(nullptr));
 }
 void chain_in_turn(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer,
                    const Turn& turn) {
-  run<Chain>(a, row, rows, buffer, turn);
+  run<Chain>(a, row, rows, buffer, 1, turn);
 }
 void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
-  if (member.takes_part()) run<Chain>(a, 0, a.shape.batch, buffer, &member);
+  if (member.takes_part()) run<Chain>(a, 0, a.shape.batch, buffer, member.size(), &member);
 }
 
 void weights(const BackwardArgs& a, int64_t begin, int64_t end) {

@@ -26,27 +26,46 @@ inline bool pays_to_meet(const Shape& s) {
   return s.width * s.hidden >= 2 * kWorthMeeting * s.batch;
 }
 
+// Whether tile registers take the products, going up: they want 32 columns of bfloat16, and take 16
+// samples in the time of one, which is that of reading the weights.
+inline bool in_pairs(const Shape& s) {
+  return isa() == Isa::kAmx && s.dtype == Dtype::kBFloat16 && s.batch > 1 && s.width % 32 == 0 &&
+         s.hidden % 32 == 0;
+}
+
 // Few samples go through a kernel of their own, going up, which takes them by fours (cpu_few.h): up
 // to 8, and up to 16 that no team takes.
 constexpr int64_t kFour = 4, kMostFew = 16;
 inline bool are_few(const Shape& s) {
-  return s.batch <= (pays_to_meet(s) ? kMostFew / 2 : kMostFew) && s.width % 16 == 0 &&
-         s.hidden % 16 == 0;
+  return !in_pairs(s) && s.batch <= (pays_to_meet(s) ? kMostFew / 2 : kMostFew) &&
+         s.width % 16 == 0 && s.hidden % 16 == 0;
+}
+
+// Whether threads that find no tile of their own had better share one. Tile registers leave little
+// to share but the reading of weights: 64 KiB of a matrix, measured.
+inline bool pays_to_share(const BackwardArgs& a) {
+  const Shape& s = a.shape;
+  return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
+}
+inline bool pays_to_share(const Args& a) {
+  const Shape& s = a.shape;
+  if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
+  return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
 // out by fours, if there is half a million multiply-adds to wake a thread for.
 inline int64_t forward_step(const Args& a) {
   const Shape& s = a.shape;
+  if (in_pairs(s)) return pays_to_share(a) ? kLargestGroup : kLargestGroup / 2;
   if (!are_few(s) || pays_to_meet(s)) return kLargestGroup;
   return (a.last - a.first) * s.width * s.hidden * s.batch < 1 << 19 ? kMostFew : kFour;
 }
 
 // Threads that share one tile, or 1.
-inline int members_for(const Shape& s, int64_t step, int64_t threads) {
-  if (ceil_div(s.batch, step) >= threads ||
-      s.width * s.hidden < kWorthMeeting * (s.batch < 16 ? s.batch : 16))
-    return 1;
+template <class AnyArgs> int members_for(const AnyArgs& a, int64_t step, int64_t threads) {
+  const Shape& s = a.shape;
+  if (ceil_div(s.batch, step) >= threads || !pays_to_share(a)) return 1;
   const int64_t chunks = ceil_div(s.width < s.hidden ? s.hidden : s.width, kChunk);
   const int64_t most = chunks < Team::kMost ? chunks : Team::kMost;
   return static_cast<int>(threads < most ? threads : most);
@@ -54,10 +73,11 @@ inline int members_for(const Shape& s, int64_t step, int64_t threads) {
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
-// Bytes of the accumulate type that a tile of `rows` samples needs: stream, branch, sums.
+// Bytes of the accumulate type that a tile of `rows` samples needs: stream, hidden units, sums; of
+// features in pairs the stream once more, in half the bytes.
 inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
-  const int64_t chunks = ceil_div(s.width, kChunk);
-  return round_up(rows, kLargestGroup) * (s.width + s.hidden + 3 * chunks) *
+  const int64_t rounded = in_pairs(s) ? s.width / 2 : 0, chunks = ceil_div(s.width, kChunk);
+  return round_up(rows, kLargestGroup) * (s.width + s.hidden + rounded + 3 * chunks) *
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {

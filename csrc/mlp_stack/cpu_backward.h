@@ -28,7 +28,7 @@ template <class T, int kTiles> class Chain {
   static constexpr const A* kNoBias = nullptr;
 
  public:
-  Chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer)
+  Chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, int members)
       : a_(a),
         derive_(pick_activation(
             a.shape.activation,
@@ -40,8 +40,8 @@ template <class T, int kTiles> class Chain {
         sums_(g_ + place_.lanes() * s_.width),
         left_(a.shape, in_turns(a) ? sums_ + place_.lanes() * sums_chunks() : a.scratch,
               !in_turns(a)),
-        w1_(s_.width > s_.hidden ? s_.width : s_.hidden, s_.width * s_.hidden, -1),
-        w2_(s_.width, s_.width * s_.hidden, -1) {}
+        w1_(s_.width > s_.hidden ? s_.width : s_.hidden, s_, members, -1),
+        w2_(s_.width, s_, members, -1) {}
 
   void run(Member* member) {
     in_order(

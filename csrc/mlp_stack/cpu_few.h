@@ -97,7 +97,7 @@ template <class T, int kSamples, int kGroups> class Few {
   static constexpr int kJoined = kRows < kFeatures ? kFeatures : kRows;
 
  public:
-  Few(const Args& a, int64_t row, int64_t rows, void* buffer)
+  Few(const Args& a, int64_t row, int64_t rows, void* buffer, int members)
       : a_(a),
         activate_(pick_activation(
             a.shape.activation,
@@ -109,7 +109,7 @@ template <class T, int kSamples, int kGroups> class Few {
         x_(static_cast<A*>(buffer)),
         h_(x_ + groups_ * kSamples * s_.width),
         sums_(h_ + groups_ * kSamples * s_.hidden),
-        weights_(s_.width > s_.hidden ? s_.width : s_.hidden, s_.width * s_.hidden) {}
+        weights_(s_.width > s_.hidden ? s_.width : s_.hidden, s_, members) {}
 
   void run(Member* member) {
     in_order(

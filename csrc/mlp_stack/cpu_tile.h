@@ -11,8 +11,12 @@ namespace fastres::mlp_stack::FASTRES_ISA {
 
 using namespace fastres::FASTRES_ISA;
 
-// 64 KiB: as far ahead as weights are fetched into the second cache.
-constexpr int64_t kMostAhead = 16384;
+// Elements from a weight to the one to be fetched into the second cache meanwhile: the same of the
+// next block, where a member's share of it is at most 128 KiB; else the one after 64 KiB.
+template <class T> int64_t elements_ahead(const Shape& s, int members) {
+  const int64_t matrix = s.width * s.hidden;
+  return matrix * sizeof(T) <= members * (128u << 10) ? matrix : (64 << 10) / sizeof(T);
+}
 
 // A member's weights in the accumulate type: where they are, or widened to a buffer of its own.
 template <class T> class Widened {
@@ -20,10 +24,9 @@ template <class T> class Widened {
   static constexpr bool kInPlace = std::is_same_v<T, A>;
 
  public:
-  // `most` columns; `matrix`: elements of a block's matrix, which are fetched while those of the
-  // block before it are used, unless they would take too much of the second cache.
-  Widened(int64_t most, int64_t matrix, int direction = 1)
-      : ahead_(direction * least(matrix, kMostAhead)), buffer_(kInPlace ? 0 : kChunk * most) {}
+  // `most` columns; direction: of the next block, 1 or -1.
+  Widened(int64_t most, const Shape& s, int members, int direction = 1)
+      : ahead_(direction * elements_ahead<T>(s, members)), buffer_(kInPlace ? 0 : kChunk * most) {}
 
   Rows<T> in_place(const T* from, int64_t cols) const { return {from, cols, ahead_}; }
   // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.
@@ -110,6 +113,25 @@ void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begi
     share(block, n2, second);
   }
   if (!member || member->first()) end();
+}
+
+// The set of weights of block a.first + `block`.
+inline int64_t set_of(const Args& a, int64_t block) { return a.shape.shared ? 0 : a.first + block; }
+
+// Upwards: load(); then for every block hidden(block, chunk) and branch(block, chunk) for the chunks
+// of H and of D, and stream.store_sums(block); then stream.finish().
+template <class S, class Load, class Hidden, class Branch>
+void upwards(Member* member, const Args& a, S& stream, const Load& load, const Hidden& hidden,
+             const Branch& branch) {
+  const Shape& s = a.shape;
+  in_order(
+      member, a.last - a.first, ceil_div(s.hidden, kChunk), ceil_div(s.width, kChunk), load,
+      [&](int64_t block, int64_t chunk) {
+        if (chunk == 0 && block > 0) stream.store_sums(block - 1);
+        hidden(block, Chunk(chunk, s.hidden));
+      },
+      [&](int64_t block, int64_t chunk) { branch(block, Chunk(chunk, s.width)); },
+      [&] { stream.finish(); });
 }
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -34,10 +34,11 @@ constexpr int64_t kLeftBytes = 2 << 20;
 
 // Passes all samples through `alone`(row, rows, buffer) tile by tile, each of whole `step`s, or as
 // one tile through `together`(buffer, team, members) where not all threads find one.
-template <class Bytes, class Alone, class Together>
-void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& alone,
+template <class AnyArgs, class Bytes, class Alone, class Together>
+void for_tiles(const AnyArgs& a, int64_t step, const Bytes& bytes, const Alone& alone,
                const Together& together) {
-  const int members = members_for(s, step, torch::stable::get_num_threads());
+  const Shape& s = a.shape;
+  const int members = members_for(a, step, torch::stable::get_num_threads());
   if (members > 1) return as_team(members, bytes(s, s.batch), together);
   fastres::for_tiles(
       s.batch, step, [&](int64_t rows) { return bytes(s, rows); },
@@ -46,7 +47,7 @@ void for_tiles(const Shape& s, int64_t step, const Bytes& bytes, const Alone& al
 
 void run(const Args& a) {
   for_tiles(
-      a.shape, forward_step(a), forward_tile_bytes,
+      a, forward_step(a), forward_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) {
         forward_for_this_cpu()(a, row, rows, buffer);
       },
@@ -67,7 +68,7 @@ void run_in_turns(const BackwardArgs& a) {
 void run(const BackwardArgs& a) {
   if (in_turns(a)) return run_in_turns(a);
   for_tiles(
-      a.shape, kLargestGroup, chain_tile_bytes,
+      a, kLargestGroup, chain_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);

@@ -1,0 +1,90 @@
+// amx: the tile registers of CPUs that have AMX: products of bfloat16, added up in float32. In
+// assembly, so that the build for AVX-512 holds it: who uses it has asked isa() for kAmx.
+#pragma once
+#include "isa.h"
+#include "tile.h"
+
+namespace fastres::FASTRES_ISA {
+
+#if defined(FASTRES_AMX) && defined(__AVX512F__)
+#define FASTRES_PAIRS
+
+// While one lives the thread has registers 0 to 7, of 16 rows of 64 bytes.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    static constexpr Shape kShape = {
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    asm volatile("ldtilecfg %0" : : "m"(kShape));
+  }
+  ~AmxTiles() { asm volatile("tilerelease" : : : "memory"); }
+  AmxTiles(const AmxTiles&) = delete;
+
+ private:
+  struct Shape {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+};
+
+// Register kTile from and to rows that are `stride` elements apart.
+template <int kTile, class E> FASTRES_HD void load_amx(const E* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(from), "r"(stride * sizeof(E)), "i"(kTile)
+               : "memory");
+}
+template <int kTile, class E> FASTRES_HD void store_amx(E* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+               :
+               : "r"(to), "r"(stride * sizeof(E)), "i"(kTile)
+               : "memory");
+}
+// kSum [16, 16] += kA [16, 32] kB [32, 16], whose rows stand in pairs: [16, 16, 2].
+template <int kSum, int kA, int kB> FASTRES_HD void multiply_add_amx() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
+}
+
+template <int kTile> FASTRES_HD void zero_amx() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
+// out <- w in, of 32 rows and 16 * kTiles columns. w: rows of `count` elements, a multiple of 32; in
+// [count / 2, 16 * kTiles, 2]. Fetches what is `ahead` of w.
+template <int kTiles>
+void product_of_pairs(const BFloat16* w, const BFloat16* in, int64_t count, float* out,
+                      int64_t ahead) {
+  constexpr int64_t kColumns = kTiles * kLanes;
+  zero_amx<0>(), zero_amx<1>(), zero_amx<2>(), zero_amx<3>();
+  for (int64_t k = 0; k < count; k += 32) {
+    for (int i = 0; ahead && i < 32; ++i) __builtin_prefetch(w + (k + i) * 32 + ahead, 0, 2);
+    load_amx<4>(w + k, count);
+    load_amx<5>(w + kLanes * count + k, count);
+    load_amx<6>(in + k * kColumns, 2 * kColumns);
+    multiply_add_amx<0, 4, 6>();
+    multiply_add_amx<2, 5, 6>();
+    if constexpr (kTiles == 2) {
+      load_amx<7>(in + k * kColumns + 2 * kLanes, 2 * kColumns);
+      multiply_add_amx<1, 4, 7>();
+      multiply_add_amx<3, 5, 7>();
+    }
+  }
+  store_amx<0>(out, kColumns);
+  store_amx<2>(out + kLanes * kColumns, kColumns);
+  if constexpr (kTiles == 2) store_amx<1>(out + kLanes, kColumns);
+  if constexpr (kTiles == 2) store_amx<3>(out + kLanes * kColumns + kLanes, kColumns);
+}
+
+// to [16, 2]: the lanes of two tiles, pair by pair.
+FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float>& b) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(a.v[0]), "v"(b.v[0]));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+#endif
+
+}  // namespace fastres::FASTRES_ISA
