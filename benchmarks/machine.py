@@ -51,8 +51,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         return {**facts, "multiprocessors": found.multi_processor_count, "cache": cache(device)}
     cores = len(cpus())
     facts = {"kind": "cpu", "name": cpu_model(), "slug": slug(cpu_model(), cores)}
-    return {**facts, "cores": cores, "simd": torch.backends.cpu.get_cpu_capability(),
-            "cache": cache(device)}  # fmt: skip
+    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    simd = torch.backends.cpu.get_cpu_capability() + amx
+    return {**facts, "cores": cores, "simd": simd, "cache": cache(device)}
 
 
 def cpus() -> set[int]:

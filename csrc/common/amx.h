@@ -50,17 +50,25 @@ template <int kTile> FASTRES_HD void zero_amx() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
 }
 
-// out <- w in, of 32 rows and 16 * kTiles columns. w: rows of `count` elements, a multiple of 32; in
-// [count / 2, 16 * kTiles, 2]. Fetches what is `ahead` of w.
-template <int kTiles>
-void product_of_pairs(const BFloat16* w, const BFloat16* in, int64_t count, float* out,
-                      int64_t ahead) {
+// out <- w in, of 32 rows and 16 * kTiles columns, or with kAdd out + w in. w: rows of `count`
+// elements, a multiple of 32, with their strides; in [count / 2, 16 * kTiles, 2]. Fetches what is
+// `ahead` of w.
+template <int kTiles, bool kAdd = false>
+void product_of_pairs(const BFloat16* w, int64_t stride, const BFloat16* in, int64_t count,
+                      float* out, int64_t out_stride, int64_t ahead = 0) {
   constexpr int64_t kColumns = kTiles * kLanes;
-  zero_amx<0>(), zero_amx<1>(), zero_amx<2>(), zero_amx<3>();
+  float* const below = out + kLanes * out_stride;
+  if constexpr (kAdd) {
+    load_amx<0>(out, out_stride), load_amx<2>(below, out_stride);
+    if constexpr (kTiles == 2)
+      load_amx<1>(out + kLanes, out_stride), load_amx<3>(below + kLanes, out_stride);
+  } else {
+    zero_amx<0>(), zero_amx<1>(), zero_amx<2>(), zero_amx<3>();
+  }
   for (int64_t k = 0; k < count; k += 32) {
     for (int i = 0; ahead && i < 32; ++i) __builtin_prefetch(w + (k + i) * 32 + ahead, 0, 2);
-    load_amx<4>(w + k, count);
-    load_amx<5>(w + kLanes * count + k, count);
+    load_amx<4>(w + k, stride);
+    load_amx<5>(w + kLanes * stride + k, stride);
     load_amx<6>(in + k * kColumns, 2 * kColumns);
     multiply_add_amx<0, 4, 6>();
     multiply_add_amx<2, 5, 6>();
@@ -70,10 +78,9 @@ void product_of_pairs(const BFloat16* w, const BFloat16* in, int64_t count, floa
       multiply_add_amx<3, 5, 7>();
     }
   }
-  store_amx<0>(out, kColumns);
-  store_amx<2>(out + kLanes * kColumns, kColumns);
-  if constexpr (kTiles == 2) store_amx<1>(out + kLanes, kColumns);
-  if constexpr (kTiles == 2) store_amx<3>(out + kLanes * kColumns + kLanes, kColumns);
+  store_amx<0>(out, out_stride), store_amx<2>(below, out_stride);
+  if constexpr (kTiles == 2)
+    store_amx<1>(out + kLanes, out_stride), store_amx<3>(below + kLanes, out_stride);
 }
 
 // to [16, 2]: the lanes of two tiles, pair by pair.
@@ -84,6 +91,21 @@ FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float
   __m512i both;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(a.v[0]), "v"(b.v[0]));
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+// to [count / 2, 16 * kTiles, 2] <- from [count, stride]: what products take as their right factor.
+template <int kTiles>
+void to_pairs(const float* from, int64_t stride, int64_t count, BFloat16* to) {
+  constexpr int64_t kColumns = kTiles * kLanes;
+  for (int64_t k = 0; k < count; k += 2, from += 2 * stride, to += 2 * kColumns)
+    for (int64_t i = 0; i < kColumns; i += kLanes)
+      store_pairs(to + 2 * i, Stored<float>::load(from + i),
+                  Stored<float>::load(from + stride + i));
+}
+// to [16]: the lanes of a tile. Of subnormal numbers zeros, as in the products.
+FASTRES_HD void store_rounded(BFloat16* to, const Tile<float>& a) {
+  __m256i rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a.v[0]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 }
 #endif
 

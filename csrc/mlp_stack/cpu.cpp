@@ -2,7 +2,8 @@
 #include "cpu_backward.h"
 #include "cpu_few.h"
 #include "cpu_forward.h"
-#include "cpu_pairs.h"
+#include "cpu_pairs_down.h"
+#include "cpu_pairs_up.h"
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 namespace {
@@ -42,6 +43,19 @@ void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member*
   });
 }
 
+template <class T, int kTiles> using PlainChain = Chain<T, kTiles, Widened<T>>;
+
+void run_chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, Member* member) {
+  const int members = member ? member->size() : 1;
+#if defined(FASTRES_PAIRS)
+  if (in_pairs_down(a.shape)) {
+    const AmxTiles registers;
+    return Chain<BFloat16, 2, PairedWeights>(a, row, rows, buffer, members).run(member);
+  }
+#endif
+  run<PlainChain>(a, row, rows, buffer, members, member);
+}
+
 }  // namespace
 
 void forward(const Args& a, int64_t row, int64_t rows, void* buffer) {
@@ -53,20 +67,29 @@ void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
 }
 
 void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
-  run<Chain>(a, row, rows, buffer, 1, static_cast<Member*>(nullptr));
+  run_chain(a, row, rows, buffer, static_cast<Member*>(nullptr));
 }
 void chain_in_turn(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer,
                    const Turn& turn) {
-  run<Chain>(a, row, rows, buffer, 1, turn);
+  run<PlainChain>(a, row, rows, buffer, 1, turn);
 }
 void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
-  if (member.takes_part()) run<Chain>(a, 0, a.shape.batch, buffer, member.size(), &member);
+  if (member.takes_part()) run_chain(a, 0, a.shape.batch, buffer, &member);
 }
 
 void weights(const BackwardArgs& a, int64_t begin, int64_t end) {
+#if defined(FASTRES_PAIRS)
+  if (in_pairs_down(a.shape)) {
+    const AmxTiles registers;
+    for (int64_t task = begin; task < end; ++task) weight_task<BFloat16, PairedFactor>(a, task);
+    return;
+  }
+#endif
   visit_stored(a.shape.dtype, [&](auto t) {
-    for (int64_t task = begin; task < end; ++task) weight_task<decltype(t)>(a, task);
+    using T = decltype(t);
+    for (int64_t task = begin; task < end; ++task)
+      weight_task<T, InPlace<typename Stored<T>::A>>(a, task);
   });
 }
 

@@ -33,6 +33,9 @@ inline bool in_pairs(const Shape& s) {
          s.hidden % 32 == 0;
 }
 
+// Likewise going down, where sums over samples are products too: of 32 samples.
+inline bool in_pairs_down(const Shape& s) { return in_pairs(s) && s.batch > kLargestGroup / 2; }
+
 // Few samples go through a kernel of their own, going up, which takes them by fours (cpu_few.h): up
 // to 8, and up to 16 that no team takes.
 constexpr int64_t kFour = 4, kMostFew = 16;
@@ -130,10 +133,13 @@ FASTRES_CPU_KERNEL(chain_in_turn, const BackwardArgs&, int64_t row, int64_t rows
                    const Turn& turn)
 FASTRES_CPU_KERNEL(chain_together, const BackwardArgs&, void* buffer, Team& team, int wanted)
 
-// Weight gradients: tasks [begin, end) of weight_tasks.
+// Weight gradients: tasks [begin, end) of weight_tasks, each of so many rows. Tile registers take
+// more, as the samples of a slab have to be brought into pairs for each task.
+constexpr int64_t kPairedRows = 128;
 inline int64_t weight_tasks(const BackwardArgs& a) {
   const int64_t sets = a.shape.shared ? 1 : a.last - a.first;
-  return sets * (ceil_div(a.shape.width, kChunk) + ceil_div(a.shape.hidden, kChunk));
+  const int64_t rows = in_pairs_down(a.shape) ? kPairedRows : kChunk;
+  return sets * (ceil_div(a.shape.width, rows) + ceil_div(a.shape.hidden, rows));
 }
 FASTRES_CPU_KERNEL(weights, const BackwardArgs&, int64_t begin, int64_t end)
 

@@ -22,7 +22,7 @@ void derive(A* z, A* q, int64_t rows, int64_t stride, const GateTiles<A, kTiles>
 }
 
 // Blocks count down: number 0 is the last one.
-template <class T, int kTiles> class Chain {
+template <class T, int kTiles, class Weights> class Chain {
   using A = typename Stored<T>::A;
   static constexpr int64_t kGroup = kTiles * kLanes;
   static constexpr const A* kNoBias = nullptr;
@@ -118,8 +118,8 @@ template <class T, int kTiles> class Chain {
   // <q, h>.
   void hidden(int64_t number, const Chunk& chunk, int64_t from, int64_t to) {
     const int64_t row_at = set(number) * s_.hidden + chunk.first;
-    const Rows<A> w1 = w1_.rows(in<T>(a_.weights.w1, row_at * s_.width), chunk.size, s_.width);
-    const Columns<A> w2 =
+    const auto w1 = w1_.rows(in<T>(a_.weights.w1, row_at * s_.width), chunk.size, s_.width);
+    const auto w2 =
         w2_.columns(in<T>(a_.weights.w2, set(number) * s_.width * s_.hidden + chunk.first),
                     s_.hidden, s_.width, chunk.size);
     const A* b1 = w1_.bias(in<T>(a_.weights.b1, row_at), chunk.size);
@@ -137,7 +137,7 @@ template <class T, int kTiles> class Chain {
 
   // g <- g + W1^T dz; the chunk's share of <g, b2>; and x of the block below.
   void stream(int64_t number, const Chunk& chunk, int64_t from, int64_t to) {
-    const Columns<A> w1 =
+    const auto w1 =
         w1_.columns(in<T>(a_.weights.w1, set(number) * s_.hidden * s_.width + chunk.first),
                     s_.width, s_.hidden, chunk.size);
     const A* b2 = w2_.bias(in<T>(a_.weights.b2, set(number) * s_.width + chunk.first), chunk.size);
@@ -216,7 +216,7 @@ template <class T, int kTiles> class Chain {
   const Groups<kTiles> place_;
   A *const x_, *const g_, *const sums_;  // [groups, D, kGroup] twice, the chunks' sums
   const Left<A> left_;
-  Widened<T> w1_, w2_;
+  Weights w1_, w2_;
 };
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -118,8 +118,8 @@ void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begi
 // The set of weights of block a.first + `block`.
 inline int64_t set_of(const Args& a, int64_t block) { return a.shape.shared ? 0 : a.first + block; }
 
-// Upwards: load(); then for every block hidden(block, chunk) and branch(block, chunk) for the chunks
-// of H and of D, and stream.store_sums(block); then stream.finish().
+// Upwards: load(); then for every block hidden(block, chunk) and branch(block, chunk) for the
+// chunks of H and of D, and stream.store_sums(block); then stream.finish().
 template <class S, class Load, class Hidden, class Branch>
 void upwards(Member* member, const Args& a, S& stream, const Load& load, const Hidden& hidden,
              const Branch& branch) {

@@ -33,10 +33,16 @@ template <class A> struct Samples {
   int64_t stride;  // from one sample to the next
 };
 
+// A left factor of such sums that products take where it is, any number of samples at a time.
+template <class A> struct InPlace {
+  static constexpr int64_t kStep = 1, kRows = kChunk;
+  static Rows<A> rows(const A* left, int64_t, int64_t stride, int64_t) { return {left, stride}; }
+};
+
 // Some rows of one weight gradient and of its bias's: the sum over samples of left (x) right, of
 // one block or of several.
 //   w2: left = gated, right = hidden;  w1: left = delta, right = x
-template <class A> class WeightRows {
+template <class A, class Factor = InPlace<A>> class WeightRows {
  public:
   static constexpr int kTiles = kWide<A>;
   static constexpr int64_t kCols = kTiles * kLanes;
@@ -50,16 +56,18 @@ template <class A> class WeightRows {
   template <class Right>
   void add(const A* left, int64_t stride, int64_t samples, const Right& right) {
     alignas(64) A block[kSlab * kCols];
+    const auto factor = factor_.rows(left, rows_, stride, samples);
+    const int64_t count = round_up(samples, Factor::kStep);
     for (int64_t c = 0; c < cols_; c += kCols) {
       const int64_t n = least(kCols, cols_ - c);
-      if (n < kCols) std::fill_n(block, samples * kCols, A(0));
+      if (n < kCols || samples < count) std::fill_n(block, count * kCols, A(0));
       const Samples<A> found = right(c, n, block);
       if (n == kCols && !fresh_) {
-        product<kTiles, true>(rows_, Rows<A>{left, stride}, kNoBias, found.at, found.stride,
-                              samples, weights_ + c, cols_);
+        product<kTiles, true>(rows_, factor, kNoBias, found.at, found.stride, count, weights_ + c,
+                              cols_);
       } else {
         for (int64_t r = 0; r < rows_; r += kChunk)
-          add_columns(left + r * stride, stride, samples, found, r, c, n);
+          add_columns(factor.from_row(r), count, found, r, c, n);
       }
     }
     for (int64_t r = 0; r < rows_; r += kLanes) add_bias(left + r * stride, stride, samples, r);
@@ -69,12 +77,12 @@ template <class A> class WeightRows {
  private:
   static constexpr const A* kNoBias = nullptr;
 
-  void add_columns(const A* left, int64_t stride, int64_t samples, const Samples<A>& right,
-                   int64_t row, int64_t c, int64_t cols) const {
+  template <class W>
+  void add_columns(const W& left, int64_t count, const Samples<A>& right, int64_t row, int64_t c,
+                   int64_t cols) const {
     alignas(64) A sum[kChunk * kCols];
     const int64_t rows = least(kChunk, rows_ - row);
-    product<kTiles>(rows, Rows<A>{left, stride}, kNoBias, right.at, right.stride, samples, sum,
-                    kCols);
+    product<kTiles>(rows, left, kNoBias, right.at, right.stride, count, sum, kCols);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < cols; i += kLanes) {
         A* place = weights_ + (row + r) * cols_ + c + i;
@@ -103,15 +111,16 @@ template <class A> class WeightRows {
   const int64_t rows_, cols_;
   A *const weights_, *const bias_;
   bool fresh_;
+  Factor factor_;
 };
 
 // Adds the slab that begins with `sample`, of a local block, to rows from `row` on of the gradient
 // of w2 (`second`) or w1.
-template <class T, class A>
+template <class T, class A, class Sum>
 void add_slab(const BackwardArgs& a, const Left<A>& left, int64_t block, int64_t sample,
-              bool second, int64_t row, WeightRows<A>& sum) {
+              bool second, int64_t row, Sum& sum) {
   const Shape& s = a.shape;
-  constexpr int64_t kCols = WeightRows<A>::kCols;
+  constexpr int64_t kCols = Sum::kCols;
   const int64_t samples = least(left.stride, s.batch - sample);
   if (second) {
     const A* hidden = left.hidden(block, sample);
@@ -133,45 +142,47 @@ void add_slab(const BackwardArgs& a, const Left<A>& left, int64_t block, int64_t
 }
 
 // Adds up some rows of a gradient to `weights`, `bias`, stored as Out.
-template <class A, class Out, class Add>
+template <class A, class Factor, class Out, class Add>
 void sum_rows(int64_t rows, int64_t cols, Out* weights, Out* bias, bool fresh, const Add& add) {
   if constexpr (std::is_same_v<Out, A>) {
-    WeightRows<A> sum(rows, cols, weights, bias, fresh);
+    WeightRows<A, Factor> sum(rows, cols, weights, bias, fresh);
     add(sum);
   } else {
     std::vector<A> buffer(rows * (cols + 1));
-    WeightRows<A> sum(rows, cols, buffer.data() + rows, buffer.data(), fresh);
+    WeightRows<A, Factor> sum(rows, cols, buffer.data() + rows, buffer.data(), fresh);
     add(sum);
     move(buffer.data() + rows, weights, rows * cols);
     move(buffer.data(), bias, rows);
   }
 }
 
-// A chunk of rows of one gradient, of a block or, where all share their weights, of all blocks.
-template <class T> void weight_task(const BackwardArgs& a, int64_t task) {
+// Some rows of one gradient, of a block or, where all share their weights, of all blocks.
+template <class T, class Factor> void weight_task(const BackwardArgs& a, int64_t task) {
   using A = typename Stored<T>::A;
   const Shape& s = a.shape;
-  const int64_t chunks2 = ceil_div(s.width, kChunk), chunks = chunks2 + ceil_div(s.hidden, kChunk);
+  constexpr int64_t kRows = Factor::kRows;
+  const int64_t chunks2 = ceil_div(s.width, kRows), chunks = chunks2 + ceil_div(s.hidden, kRows);
   const int64_t block = task / chunks, number = task % chunks;
   const bool second = number < chunks2;  // of w2, else of w1
   const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
-  const Chunk chunk(second ? number : number - chunks2, rows);
+  const int64_t first = (second ? number : number - chunks2) * kRows;
   const Left<A> left(s, a.scratch, true);
-  const auto add = [&](WeightRows<A>& sum, int64_t l) {
+  const auto add = [&](auto& sum, int64_t l) {
     for (int64_t b = 0; b < s.batch; b += left.stride)
-      add_slab<T>(a, left, l, b, second, chunk.first, sum);
+      add_slab<T>(a, left, l, b, second, first, sum);
   };
   void *const weights = second ? a.gw2 : a.gw1, *const bias = second ? a.gb2 : a.gb1;
   const auto run = [&](auto out, int64_t set, bool fresh, const auto& all) {
     using Out = decltype(out);
-    const int64_t row = set * rows + chunk.first;
-    sum_rows<A>(chunk.size, cols, in<Out>(weights, row * cols), in<Out>(bias, row), fresh, all);
+    const int64_t row = set * rows + first;
+    sum_rows<A, Factor>(least(kRows, rows - first), cols, in<Out>(weights, row * cols),
+                        in<Out>(bias, row), fresh, all);
   };
   if (s.shared)
-    run(A(), 0, !a.add, [&](WeightRows<A>& sum) {
+    run(A(), 0, !a.add, [&](auto& sum) {
       for (int64_t l = 0; l < a.last - a.first; ++l) add(sum, l);
     });
-  else run(T(), a.first + block, true, [&](WeightRows<A>& sum) { add(sum, block); });
+  else run(T(), a.first + block, true, [&](auto& sum) { add(sum, block); });
 }
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

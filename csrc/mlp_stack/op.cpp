@@ -17,7 +17,7 @@ constexpr const char* kName = "mlp_stack";
 
 #if defined(FASTRES_CUDA)
 // 64 MiB: so many blocks that one launch of their weight gradients fills the GPU.
-constexpr int64_t kLeftBytes = 64 << 20;
+int64_t left_bytes_of_segment() { return 64 << 20; }
 
 void run(const Args& a, const Tensor& x) {
   on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
@@ -29,8 +29,8 @@ void run(const BackwardArgs& a, const Tensor& x) {
   });
 }
 #else
-// 2 MiB: what the chain leaves for the weight gradients is then still in the second caches.
-constexpr int64_t kLeftBytes = 2 << 20;
+// 1 MiB a thread: what the chain leaves for the weight gradients is then still in second caches.
+int64_t left_bytes_of_segment() { return torch::stable::get_num_threads() * int64_t(1 << 20); }
 
 // Passes all samples through `alone`(row, rows, buffer) tile by tile, each of whole `step`s, or as
 // one tile through `together`(buffer, team, members) where not all threads find one.
@@ -120,12 +120,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
 }
 
 // Blocks whose backward pass is one segment: those between two saved states, or as many as leave
-// kLeftBytes.
+// left_bytes_of_segment().
 int64_t segment_of(const Shape& s, int64_t every) {
   if (every > 1) return every;
   if (!scratch_bytes(BackwardArgs{s, {}, 0, s.blocks})) return s.blocks;
   const int64_t each = scratch_bytes(BackwardArgs{s, {}, 0, 1});
-  return std::min(s.blocks, std::max<int64_t>(1, kLeftBytes / std::max<int64_t>(each, 1)));
+  return std::min(s.blocks,
+                  std::max<int64_t>(1, left_bytes_of_segment() / std::max<int64_t>(each, 1)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(

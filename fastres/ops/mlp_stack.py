@@ -33,7 +33,8 @@ def mlp_stack(
     """Run a stack of residual blocks in one call, and measure what each adds to the stream.
 
     Block l computes x <- x + p with p = gate[l] * (W2[l] act(W1[l] x + b1[l]) + b2[l]). The stream
-    and all sums inside are float32, or float64 for float64.
+    and all sums inside are float32, or float64 for float64. Products of two-byte numbers round both
+    factors to them on a GPU and, of bfloat16, on a CPU with AMX (`FASTRES_ISA=avx512` does not).
 
     For the backward pass it keeps the stream before every block where D <= H, before every second
     where D > H, before fewer where weights are frozen: never more than half of what the blocks one

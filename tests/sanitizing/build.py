@@ -145,7 +145,8 @@ def main() -> None:
         if why_not(kind):
             raise SystemExit(f"sanitize: {why_not(kind)}")
         made = package(kind)
-        for isa in ISA_FLAGS:
+        amx = ["amx"] if "amx_bf16" in Path("/proc/cpuinfo").read_text() else []
+        for isa in [*ISA_FLAGS, *amx]:
             command = [sys.executable, "-m", "sanitizing.calls", kind, "all"]
             given = {**environment(kind, made), "FASTRES_ISA": isa}
             subprocess.run(command, cwd=HERE.parent, env=given, check=True)

@@ -1,6 +1,6 @@
-// cpu_pairs: bfloat16 through the blocks by the tile registers of AMX. Their products take features
-// in pairs, of the stream and of the hidden units, rounded to bfloat16 as on a GPU; the stream
-// itself stays in float32.
+// cpu_pairs_up: bfloat16 through the blocks by the tile registers of AMX. Their products take
+// features in pairs, of the stream and of the hidden units, rounded to bfloat16 as on a GPU; the
+// stream itself stays in float32.
 #pragma once
 #include "../common/amx.h"
 #include "cpu_stream.h"
@@ -8,23 +8,22 @@
 #if defined(FASTRES_PAIRS)
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// to [rows / 2, columns, 2] <- act(z + bias), rounded; z [rows, columns], an even number of rows;
-// bias null: 0.
+// to [kChunk / 2, columns, 2] <- act(z + bias), rounded; z [kChunk, columns].
 template <Activation kActivation, int kTiles>
-void activate_to_pairs(const float* z, const float* bias, int64_t rows, BFloat16* to) {
+void activate_to_pairs(const float* z, const float* bias, BFloat16* to) {
   constexpr int64_t kGroup = kTiles * kLanes;
   const auto at = [&](int64_t r, int64_t i) {
     const Tile<float> given = Stored<float>::load(z + r * kGroup + i);
-    return value<kActivation>(bias ? given + Math<Tile<float>>::of(bias[r]) : given);
+    return value<kActivation>(given + Math<Tile<float>>::of(bias[r]));
   };
-  for (int64_t r = 0; r < rows; r += 2)
+  for (int64_t r = 0; r < kChunk; r += 2)
     for (int64_t i = 0; i < kGroup; i += kLanes)
       store_pairs(to + r * kGroup + 2 * i, at(r, i), at(r + 1, i));
 }
 
 template <int kTiles> class ForwardInPairs {
-  // Up to 32 KiB a matrix both stay in the first cache's reach, and samples go through a block group
-  // after group: 1.2 times as fast at 64 features, slower from 256 on.
+  // Up to 32 KiB a matrix both stay near, and samples go through a block group after group: 1.2
+  // times as fast at 64 features, slower from 256 on.
   static constexpr int64_t kMostAlone = 16 << 10;
   static constexpr int64_t kGroup = kTiles * kLanes;
 
@@ -79,12 +78,11 @@ template <int kTiles> class ForwardInPairs {
     for (int64_t g = 0; g < stream_.place.count; ++g) round_stream(g, 0, s_.width);
   }
   void round_stream(int64_t group, int64_t from, int64_t rows) {
-    activate_to_pairs<Activation::kIdentity, kTiles>(stream_.x(group) + from * kGroup, nullptr,
-                                                     rows, x(group) + from * kGroup);
+    to_pairs<kTiles>(stream_.x(group) + from * kGroup, kGroup, rows, x(group) + from * kGroup);
   }
 
-  // use(chunk, w factors, bias) for a range of chunks of a matrix of `count` columns; the product of
-  // the next one is under way meanwhile.
+  // use(chunk, w factors, bias) for a range of chunks of a matrix of `count` columns; the product
+  // of the next one is under way meanwhile.
   template <class Use>
   void products(const void* w, const void* bias, int64_t set, int64_t rows, int64_t count,
                 const BFloat16* factors, int64_t first, int64_t last, int64_t ahead,
@@ -93,8 +91,8 @@ template <int kTiles> class ForwardInPairs {
     const BFloat16 *matrix = in<BFloat16>(w, set * rows * count),
                    *biases = in<BFloat16>(bias, set * rows);
     const auto start = [&](int64_t chunk) {
-      product_of_pairs<kTiles>(matrix + chunk * kChunk * count, factors, count, out[chunk % 2],
-                               ahead);
+      product_of_pairs<kTiles>(matrix + chunk * kChunk * count, count, factors, count,
+                               out[chunk % 2], kGroup, ahead);
     };
     start(first);
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -108,7 +106,7 @@ template <int kTiles> class ForwardInPairs {
   void hidden(int64_t block, int64_t g, int64_t first, int64_t last) {
     products(a_.weights.w1, a_.weights.b1, set_of(a_, block), s_.hidden, s_.width, x(g), first,
              last, g ? 0 : ahead_, [&](const Chunk& chunk, float* z, const float* bias) {
-               activate_(z, bias, kChunk, h(g) + chunk.first * kGroup);
+               activate_(z, bias, h(g) + chunk.first * kGroup);
              });
   }
 
@@ -122,7 +120,7 @@ template <int kTiles> class ForwardInPairs {
   }
 
   const Args& a_;
-  void (*const activate_)(const float*, const float*, int64_t, BFloat16*);
+  void (*const activate_)(const float*, const float*, BFloat16*);
   const Shape& s_;
   const int64_t ahead_;
   Stream<BFloat16, kTiles> stream_;
