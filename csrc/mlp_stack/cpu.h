@@ -20,10 +20,11 @@ constexpr int64_t kChunk = 32;
 constexpr int64_t kLargestGroup = 32;  // samples side by side in vectors; 16 in the narrow case
 
 // 512 weights for each sample that threads tell each other of: below that a meeting costs more than
-// a second thread brings. Products of few samples take half the time, and so it is 1024 weights.
+// a second thread brings. Products of few samples take half the time, and so it is 1024 weights, and
+// 4096 for the meeting itself: two cores may be far from each other.
 constexpr int64_t kWorthMeeting = 512;
 inline bool pays_to_meet(const Shape& s) {
-  return s.width * s.hidden >= 2 * kWorthMeeting * s.batch;
+  return s.width * s.hidden >= 2 * kWorthMeeting * (s.batch + 4);
 }
 
 // Whether tile registers take the products, going up: they want 32 columns of bfloat16, and take 16
@@ -53,6 +54,7 @@ inline bool pays_to_share(const BackwardArgs& a) {
 inline bool pays_to_share(const Args& a) {
   const Shape& s = a.shape;
   if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
+  if (are_few(s)) return pays_to_meet(s);
   return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
 }
 
