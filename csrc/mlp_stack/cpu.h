@@ -45,17 +45,15 @@ inline bool are_few(const Shape& s) {
          s.width % 16 == 0 && s.hidden % 16 == 0;
 }
 
-// Whether threads that find no tile of their own had better share one. Tile registers leave little
-// to share but the reading of weights: 64 KiB of a matrix, measured.
+// Whether threads that find no tile of their own had better share one, going down and going up. Tile
+// registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
 inline bool pays_to_share(const BackwardArgs& a) {
   const Shape& s = a.shape;
   return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
 }
 inline bool pays_to_share(const Args& a) {
-  const Shape& s = a.shape;
-  if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
-  if (are_few(s)) return pays_to_meet(s);
-  return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
+  if (in_pairs(a.shape)) return a.shape.width * a.shape.hidden >= 32 << 10;
+  return are_few(a.shape) ? pays_to_meet(a.shape) : pays_to_share(BackwardArgs{a.shape});
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
