@@ -154,14 +154,18 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_in(device, dtype):
 
 
 @needs_library
-def test_the_result_does_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "hidden", "sets"), [(40, 24, 60), (64, 96, 60), (64, 96, 1)])
+def test_the_result_does_not_depend_on_the_number_of_threads(width, hidden, sets, dtype):
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for batch in (1, 20, 130):
-                args = [*stack(batch, 40, 24, 5), torch.linspace(0, 1, 5), "gelu"]
-                runs.append(gradients(mlp_stack, args, torch.ones(batch, 40)))
+                given = stack(batch, width, hidden, sets, dtype=dtype)
+                args = [*given, torch.linspace(0, 1, 60) / 60, "gelu"]
+                gy = torch.ones(batch, width, dtype=dtype)
+                runs.append(gradients(mlp_stack, args, gy, blocks=60))
     finally:
         torch.set_num_threads(before)
     for i, run in enumerate(runs[3:]):

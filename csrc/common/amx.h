@@ -83,7 +83,7 @@ void product_of_pairs(const BFloat16* w, int64_t stride, const BFloat16* in, int
     store_amx<1>(out + kLanes, out_stride), store_amx<3>(below + kLanes, out_stride);
 }
 
-// to [16, 2]: the lanes of two tiles, pair by pair.
+// to [16, 2]: the lanes of two tiles, pair by pair. Subnormal numbers become 0, as in the products.
 FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float>& b) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -101,7 +101,7 @@ void to_pairs(const float* from, int64_t stride, int64_t count, BFloat16* to) {
       store_pairs(to + 2 * i, Stored<float>::load(from + i),
                   Stored<float>::load(from + stride + i));
 }
-// to [16]: the lanes of a tile. Of subnormal numbers zeros, as in the products.
+// to [16]: the lanes of a tile, likewise.
 FASTRES_HD void store_rounded(BFloat16* to, const Tile<float>& a) {
   __m256i rounded;
   asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a.v[0]));

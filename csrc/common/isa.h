@@ -2,11 +2,14 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define FASTRES_AMX  // the compiler's assembler knows it
+// A compiler that knows AMX; its assembler then knows it too.
+#if __has_include(<amxbf16intrin.h>) || (defined(__clang__) && __has_include(<amxintrin.h>))
+#define FASTRES_AMX
+#endif
 #endif
 
 namespace fastres {
@@ -26,8 +29,8 @@ constexpr int kIsasBuilt = 3;
 constexpr int kIsasBuilt = 1;
 #endif
 
-// Whether this CPU has AMX with bfloat16, AVX-512 for it too, and the system lends us the registers
-// (Linux wants to be asked, once for all threads).
+// Whether this CPU has AMX with bfloat16, AVX-512 for it too, and the system lends the registers.
+// Linux wants to be asked, once for all threads, and gives their signals larger stacks for good.
 inline bool has_amx() {
 #if defined(FASTRES_AMX)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -40,7 +43,7 @@ inline bool has_amx() {
 #endif
 }
 
-inline Isa best_isa() {
+inline Isa best_isa_but_amx() {
 #if defined(FASTRES_ISAS_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -48,7 +51,6 @@ inline Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && has_amx()) return Isa::kAmx;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
 #else
   return Isa::kPortable;
@@ -58,11 +60,11 @@ inline Isa best_isa() {
 // FASTRES_ISA=portable|avx2|avx512 in the environment lowers the choice, never raises it.
 inline Isa isa() {
   static const Isa chosen = [] {
-    const Isa best = best_isa();
+    const Isa best = best_isa_but_amx();
     const char* wanted = std::getenv("FASTRES_ISA");
-    for (int i = 0; wanted && i < static_cast<int>(best); ++i)
+    for (int i = 0; wanted && i <= static_cast<int>(best); ++i)
       if (!std::strcmp(wanted, kIsaNames[i])) return static_cast<Isa>(i);
-    return best;
+    return best == Isa::kAvx512 && has_amx() ? Isa::kAmx : best;
   }();
   return chosen;
 }

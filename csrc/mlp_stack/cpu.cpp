@@ -78,18 +78,19 @@ void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted)
   if (member.takes_part()) run_chain(a, 0, a.shape.batch, buffer, &member);
 }
 
-void weights(const BackwardArgs& a, int64_t begin, int64_t end) {
+void weights(const BackwardArgs& a, int64_t rows, int64_t begin, int64_t end) {
 #if defined(FASTRES_PAIRS)
   if (in_pairs_down(a.shape)) {
     const AmxTiles registers;
-    for (int64_t task = begin; task < end; ++task) weight_task<BFloat16, PairedFactor>(a, task);
+    for (int64_t task = begin; task < end; ++task)
+      weight_task<BFloat16, PairedFactor>(a, rows, task);
     return;
   }
 #endif
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t task = begin; task < end; ++task)
-      weight_task<T, InPlace<typename Stored<T>::A>>(a, task);
+      weight_task<T, InPlace<typename Stored<T>::A>>(a, rows, task);
   });
 }
 

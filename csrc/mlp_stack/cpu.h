@@ -20,8 +20,8 @@ constexpr int64_t kChunk = 32;
 constexpr int64_t kLargestGroup = 32;  // samples side by side in vectors; 16 in the narrow case
 
 // 512 weights for each sample that threads tell each other of: below that a meeting costs more than
-// a second thread brings. Products of few samples take half the time, and so it is 1024 weights, and
-// 4096 for the meeting itself: two cores may be far from each other.
+// a second thread brings. Products of few samples take half the time, and so it is 1024 weights,
+// and 4096 for the meeting itself: two cores may be far from each other.
 constexpr int64_t kWorthMeeting = 512;
 inline bool pays_to_meet(const Shape& s) {
   return s.width * s.hidden >= 2 * kWorthMeeting * (s.batch + 4);
@@ -45,30 +45,28 @@ inline bool are_few(const Shape& s) {
          s.width % 16 == 0 && s.hidden % 16 == 0;
 }
 
-// Whether threads that find no tile of their own had better share one, going down and going up. Tile
-// registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
-inline bool pays_to_share(const BackwardArgs& a) {
-  const Shape& s = a.shape;
+// Whether threads that find no tile of their own had better share one, going down and going up.
+// Tile registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
+inline bool pays_to_share_down(const Shape& s) {
   return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
 }
-inline bool pays_to_share(const Args& a) {
-  if (in_pairs(a.shape)) return a.shape.width * a.shape.hidden >= 32 << 10;
-  return are_few(a.shape) ? pays_to_meet(a.shape) : pays_to_share(BackwardArgs{a.shape});
+inline bool pays_to_share_up(const Shape& s) {
+  if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
+  return are_few(s) ? pays_to_meet(s) : pays_to_share_down(s);
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
 // out by fours, if there is half a million multiply-adds to wake a thread for.
 inline int64_t forward_step(const Args& a) {
   const Shape& s = a.shape;
-  if (in_pairs(s)) return pays_to_share(a) ? kLargestGroup : kLargestGroup / 2;
+  if (in_pairs(s)) return pays_to_share_up(s) ? kLargestGroup : kLargestGroup / 2;
   if (!are_few(s) || pays_to_meet(s)) return kLargestGroup;
   return (a.last - a.first) * s.width * s.hidden * s.batch < 1 << 19 ? kMostFew : kFour;
 }
 
-// Threads that share one tile, or 1.
-template <class AnyArgs> int members_for(const AnyArgs& a, int64_t step, int64_t threads) {
-  const Shape& s = a.shape;
-  if (ceil_div(s.batch, step) >= threads || !pays_to_share(a)) return 1;
+// Threads that share one tile, where that pays, or 1.
+inline int members_for(const Shape& s, int64_t step, int64_t threads, bool pays) {
+  if (ceil_div(s.batch, step) >= threads || !pays) return 1;
   const int64_t chunks = ceil_div(s.width < s.hidden ? s.hidden : s.width, kChunk);
   const int64_t most = chunks < Team::kMost ? chunks : Team::kMost;
   return static_cast<int>(threads < most ? threads : most);
@@ -76,11 +74,12 @@ template <class AnyArgs> int members_for(const AnyArgs& a, int64_t step, int64_t
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
-// Bytes of the accumulate type that a tile of `rows` samples needs: stream, hidden units, sums; of
-// features in pairs the stream once more, in half the bytes.
+// Bytes of the accumulate type that a tile of `rows` samples needs: stream, hidden units, sums;
+// with features in pairs both in half the bytes, beside the stream.
 inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
-  const int64_t rounded = in_pairs(s) ? s.width / 2 : 0, chunks = ceil_div(s.width, kChunk);
-  return round_up(rows, kLargestGroup) * (s.width + s.hidden + rounded + 3 * chunks) *
+  const int64_t factors = in_pairs(s) ? (s.width + s.hidden) / 2 : s.hidden;
+  const int64_t chunks = ceil_div(s.width, kChunk);
+  return round_up(rows, kLargestGroup) * (s.width + factors + 3 * chunks) *
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
@@ -133,14 +132,19 @@ FASTRES_CPU_KERNEL(chain_in_turn, const BackwardArgs&, int64_t row, int64_t rows
                    const Turn& turn)
 FASTRES_CPU_KERNEL(chain_together, const BackwardArgs&, void* buffer, Team& team, int wanted)
 
-// Weight gradients: tasks [begin, end) of weight_tasks, each of so many rows. Tile registers take
-// more, as the samples of a slab have to be brought into pairs for each task.
+// Weight gradients: tasks [begin, end) of weight_tasks, each of `rows` rows of one. Tile registers
+// take more of them, if that leaves two tasks a thread: the samples of a slab have to be brought
+// into pairs for each task.
 constexpr int64_t kPairedRows = 128;
-inline int64_t weight_tasks(const BackwardArgs& a) {
+inline int64_t weight_tasks(const BackwardArgs& a, int64_t rows) {
   const int64_t sets = a.shape.shared ? 1 : a.last - a.first;
-  const int64_t rows = in_pairs_down(a.shape) ? kPairedRows : kChunk;
   return sets * (ceil_div(a.shape.width, rows) + ceil_div(a.shape.hidden, rows));
 }
-FASTRES_CPU_KERNEL(weights, const BackwardArgs&, int64_t begin, int64_t end)
+inline int64_t rows_of_task(const BackwardArgs& a, int64_t threads) {
+  int64_t rows = in_pairs_down(a.shape) ? kPairedRows : kChunk;
+  while (rows > kChunk && weight_tasks(a, rows) < 2 * threads) rows /= 2;
+  return rows;
+}
+FASTRES_CPU_KERNEL(weights, const BackwardArgs&, int64_t rows, int64_t begin, int64_t end)
 
 }  // namespace fastres::mlp_stack

@@ -35,7 +35,7 @@ void product(int64_t rows, const PairedRows& w, const float* bias, const float* 
 class PairedWeights {
  public:
   PairedWeights(int64_t most, const Shape& s, int members, int direction)
-      : ahead_(direction * elements_ahead<BFloat16>(s, members)),
+      : ahead_(elements_ahead<BFloat16>(s, members, direction)),
         turned_(kChunk * most),
         pairs_(kLargestGroup * most) {}
 
@@ -86,7 +86,7 @@ class PairedWeights {
 // As InPlace, for sums over samples: up to kPairedRows rows of up to kSlab samples, rounded.
 class PairedFactor {
  public:
-  static constexpr int64_t kStep = 32, kRows = kPairedRows;
+  static constexpr int64_t kStep = 32;
   PairedRows rows(const float* left, int64_t rows, int64_t stride, int64_t samples) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t b = 0; b < round_up(samples, kStep); b += kLanes) {
@@ -97,7 +97,7 @@ class PairedFactor {
   }
 
  private:
-  alignas(64) BFloat16 rows_[kRows * kSlab], pairs_[kSlab * kLargestGroup];
+  alignas(64) BFloat16 rows_[kPairedRows * kSlab], pairs_[kSlab * kLargestGroup];
 };
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -35,7 +35,7 @@ template <int kTiles> class ForwardInPairs {
                                     return &activate_to_pairs<decltype(activation)::value, kTiles>;
                                   })),
         s_(a.shape),
-        ahead_(elements_ahead<BFloat16>(s_, members)),
+        ahead_(elements_ahead<BFloat16>(s_, members, 1)),
         stream_(a, row, rows, buffer),
         x_(reinterpret_cast<BFloat16*>(stream_.end())),
         h_(x_ + stream_.place.lanes() * s_.width) {}

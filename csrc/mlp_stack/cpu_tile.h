@@ -12,10 +12,12 @@ namespace fastres::mlp_stack::FASTRES_ISA {
 using namespace fastres::FASTRES_ISA;
 
 // Elements from a weight to the one to be fetched into the second cache meanwhile: the same of the
-// next block, where a member's share of it is at most 128 KiB; else the one after 64 KiB.
-template <class T> int64_t elements_ahead(const Shape& s, int members) {
+// next block, 1 or -1 away, where a member's share of it is at most 128 KiB; else, and where all
+// blocks have the same weights, the one after 64 KiB.
+template <class T> int64_t elements_ahead(const Shape& s, int members, int direction) {
   const int64_t matrix = s.width * s.hidden;
-  return matrix * sizeof(T) <= members * (128u << 10) ? matrix : (64 << 10) / sizeof(T);
+  const bool fits = matrix * sizeof(T) <= members * (128u << 10);
+  return fits && !s.shared ? direction * matrix : (64 << 10) / sizeof(T);
 }
 
 // A member's weights in the accumulate type: where they are, or widened to a buffer of its own.
@@ -26,7 +28,7 @@ template <class T> class Widened {
  public:
   // `most` columns; direction: of the next block, 1 or -1.
   Widened(int64_t most, const Shape& s, int members, int direction = 1)
-      : ahead_(direction * elements_ahead<T>(s, members)), buffer_(kInPlace ? 0 : kChunk * most) {}
+      : ahead_(elements_ahead<T>(s, members, direction)), buffer_(kInPlace ? 0 : kChunk * most) {}
 
   Rows<T> in_place(const T* from, int64_t cols) const { return {from, cols, ahead_}; }
   // `rows` rows of `cols` elements; and the same by columns of a matrix, as its transpose.

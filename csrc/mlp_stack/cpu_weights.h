@@ -35,7 +35,7 @@ template <class A> struct Samples {
 
 // A left factor of such sums that products take where it is, any number of samples at a time.
 template <class A> struct InPlace {
-  static constexpr int64_t kStep = 1, kRows = kChunk;
+  static constexpr int64_t kStep = 1;
   static Rows<A> rows(const A* left, int64_t, int64_t stride, int64_t) { return {left, stride}; }
 };
 
@@ -62,7 +62,9 @@ template <class A, class Factor = InPlace<A>> class WeightRows {
       const int64_t n = least(kCols, cols_ - c);
       if (n < kCols || samples < count) std::fill_n(block, count * kCols, A(0));
       const Samples<A> found = right(c, n, block);
-      if (n == kCols && !fresh_) {
+      if (n == kCols && fresh_) {
+        product<kTiles>(rows_, factor, kNoBias, found.at, found.stride, count, weights_ + c, cols_);
+      } else if (n == kCols) {
         product<kTiles, true>(rows_, factor, kNoBias, found.at, found.stride, count, weights_ + c,
                               cols_);
       } else {
@@ -156,16 +158,17 @@ void sum_rows(int64_t rows, int64_t cols, Out* weights, Out* bias, bool fresh, c
   }
 }
 
-// Some rows of one gradient, of a block or, where all share their weights, of all blocks.
-template <class T, class Factor> void weight_task(const BackwardArgs& a, int64_t task) {
+// `of_task` rows of one gradient, of a block or, where all share their weights, of all blocks.
+template <class T, class Factor> void weight_task(const BackwardArgs& a, int64_t of_task,
+                                                  int64_t task) {
   using A = typename Stored<T>::A;
   const Shape& s = a.shape;
-  constexpr int64_t kRows = Factor::kRows;
-  const int64_t chunks2 = ceil_div(s.width, kRows), chunks = chunks2 + ceil_div(s.hidden, kRows);
+  const int64_t chunks2 = ceil_div(s.width, of_task),
+                chunks = chunks2 + ceil_div(s.hidden, of_task);
   const int64_t block = task / chunks, number = task % chunks;
   const bool second = number < chunks2;  // of w2, else of w1
   const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
-  const int64_t first = (second ? number : number - chunks2) * kRows;
+  const int64_t first = (second ? number : number - chunks2) * of_task;
   const Left<A> left(s, a.scratch, true);
   const auto add = [&](auto& sum, int64_t l) {
     for (int64_t b = 0; b < s.batch; b += left.stride)
@@ -175,7 +178,7 @@ template <class T, class Factor> void weight_task(const BackwardArgs& a, int64_t
   const auto run = [&](auto out, int64_t set, bool fresh, const auto& all) {
     using Out = decltype(out);
     const int64_t row = set * rows + first;
-    sum_rows<A, Factor>(least(kRows, rows - first), cols, in<Out>(weights, row * cols),
+    sum_rows<A, Factor>(least(of_task, rows - first), cols, in<Out>(weights, row * cols),
                         in<Out>(bias, row), fresh, all);
   };
   if (s.shared)

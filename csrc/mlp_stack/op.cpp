@@ -17,7 +17,7 @@ constexpr const char* kName = "mlp_stack";
 
 #if defined(FASTRES_CUDA)
 // 64 MiB: so many blocks that one launch of their weight gradients fills the GPU.
-int64_t left_bytes_of_segment() { return 64 << 20; }
+int64_t left_bytes_of_segment(const Shape&) { return 64 << 20; }
 
 void run(const Args& a, const Tensor& x) {
   on_stream_of(x, [&](void* stream) { launch_cuda(a, stream); });
@@ -30,15 +30,17 @@ void run(const BackwardArgs& a, const Tensor& x) {
 }
 #else
 // 1 MiB a thread: what the chain leaves for the weight gradients is then still in second caches.
-int64_t left_bytes_of_segment() { return torch::stable::get_num_threads() * int64_t(1 << 20); }
+// The gradients of shared weights are sums over segments, which no number of threads may change.
+int64_t left_bytes_of_segment(const Shape& s) {
+  return int64_t(1 << 20) * (s.shared ? 2 : torch::stable::get_num_threads());
+}
 
 // Passes all samples through `alone`(row, rows, buffer) tile by tile, each of whole `step`s, or as
 // one tile through `together`(buffer, team, members) where not all threads find one.
-template <class AnyArgs, class Bytes, class Alone, class Together>
-void for_tiles(const AnyArgs& a, int64_t step, const Bytes& bytes, const Alone& alone,
-               const Together& together) {
-  const Shape& s = a.shape;
-  const int members = members_for(a, step, torch::stable::get_num_threads());
+template <class Bytes, class Alone, class Together>
+void for_tiles(const Shape& s, int64_t step, bool pays_to_share, const Bytes& bytes,
+               const Alone& alone, const Together& together) {
+  const int members = members_for(s, step, torch::stable::get_num_threads(), pays_to_share);
   if (members > 1) return as_team(members, bytes(s, s.batch), together);
   fastres::for_tiles(
       s.batch, step, [&](int64_t rows) { return bytes(s, rows); },
@@ -47,7 +49,7 @@ void for_tiles(const AnyArgs& a, int64_t step, const Bytes& bytes, const Alone& 
 
 void run(const Args& a) {
   for_tiles(
-      a, forward_step(a), forward_tile_bytes,
+      a.shape, forward_step(a), pays_to_share_up(a.shape), forward_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) {
         forward_for_this_cpu()(a, row, rows, buffer);
       },
@@ -68,15 +70,16 @@ void run_in_turns(const BackwardArgs& a) {
 void run(const BackwardArgs& a) {
   if (in_turns(a)) return run_in_turns(a);
   for_tiles(
-      a, kLargestGroup, chain_tile_bytes,
+      a.shape, kLargestGroup, pays_to_share_down(a.shape), chain_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);
       });
-  if (a.gw1)
-    torch::stable::parallel_for(0, weight_tasks(a), 1, [&](int64_t begin, int64_t end) {
-      weights_for_this_cpu()(a, begin, end);
-    });
+  if (!a.gw1) return;
+  const int64_t rows = rows_of_task(a, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, weight_tasks(a, rows), 1, [&](int64_t begin, int64_t end) {
+    weights_for_this_cpu()(a, rows, begin, end);
+  });
 }
 template <class Any> void run(const Any& args, const Tensor&) { run(args); }
 #endif
@@ -120,13 +123,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& w1, co
 }
 
 // Blocks whose backward pass is one segment: those between two saved states, or as many as leave
-// left_bytes_of_segment().
+// left_bytes_of_segment(s).
 int64_t segment_of(const Shape& s, int64_t every) {
   if (every > 1) return every;
   if (!scratch_bytes(BackwardArgs{s, {}, 0, s.blocks})) return s.blocks;
   const int64_t each = scratch_bytes(BackwardArgs{s, {}, 0, 1});
   return std::min(s.blocks,
-                  std::max<int64_t>(1, left_bytes_of_segment() / std::max<int64_t>(each, 1)));
+                  std::max<int64_t>(1, left_bytes_of_segment(s) / std::max<int64_t>(each, 1)));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(

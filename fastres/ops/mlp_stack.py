@@ -34,7 +34,8 @@ def mlp_stack(
 
     Block l computes x <- x + p with p = gate[l] * (W2[l] act(W1[l] x + b1[l]) + b2[l]). The stream
     and all sums inside are float32, or float64 for float64. Products of two-byte numbers round both
-    factors to them on a GPU and, of bfloat16, on a CPU with AMX (`FASTRES_ISA=avx512` does not).
+    factors to them on a GPU and, of bfloat16, on a CPU with AMX, where D and H are multiples of 32
+    and B > 1, or B > 16 backwards; `FASTRES_ISA=avx512` in the environment keeps them in float32.
 
     For the backward pass it keeps the stream before every block where D <= H, before every second
     where D > H, before fewer where weights are frozen: never more than half of what the blocks one
