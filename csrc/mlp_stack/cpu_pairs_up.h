@@ -26,6 +26,10 @@ template <int kTiles> class ForwardInPairs {
   // times as fast at 64 features, slower from 256 on.
   static constexpr int64_t kMostAlone = 16 << 10;
   static constexpr int64_t kGroup = kTiles * kLanes;
+  struct Range {
+    int64_t first, last;
+    int64_t size() const { return last - first; }
+  };
 
  public:
   ForwardInPairs(const Args& a, int64_t row, int64_t rows, void* buffer, int members)
@@ -43,15 +47,14 @@ template <int kTiles> class ForwardInPairs {
   void run(Member* member) {
     const AmxTiles registers;
     if (!member && s_.width * s_.hidden <= kMostAlone) return alone();
+    const Range all{0, stream_.place.count};
     upwards(
         member, a_, stream_, [&] { load(); },
         [&](int64_t block, const Chunk& chunk) {
-          for (int64_t g = 0; g < stream_.place.count; ++g)
-            hidden(block, g, chunk.number, chunk.number + 1);
+          hidden(block, {chunk.number, chunk.number + 1}, all);
         },
         [&](int64_t block, const Chunk& chunk) {
-          for (int64_t g = 0; g < stream_.place.count; ++g)
-            branch(block, g, chunk.number, chunk.number + 1);
+          branch(block, {chunk.number, chunk.number + 1}, all);
         });
   }
 
@@ -62,8 +65,8 @@ template <int kTiles> class ForwardInPairs {
     for (int64_t block = 0; block < a_.last - a_.first; ++block) {
       if (block > 0) stream_.store_sums(block - 1);
       for (int64_t g = 0; g < stream_.place.count; ++g) {
-        hidden(block, g, 0, s_.hidden / kChunk);
-        branch(block, g, 0, s_.width / kChunk);
+        hidden(block, {0, s_.hidden / kChunk}, {g, g + 1});
+        branch(block, {0, s_.width / kChunk}, {g, g + 1});
       }
     }
     stream_.finish();
@@ -81,42 +84,48 @@ template <int kTiles> class ForwardInPairs {
     to_pairs<kTiles>(stream_.x(group) + from * kGroup, kGroup, rows, x(group) + from * kGroup);
   }
 
-  // use(chunk, w factors, bias) for a range of chunks of a matrix of `count` columns; the product
-  // of the next one is under way meanwhile.
-  template <class Use>
+  // use(chunk, group, w factors(group), bias) for some chunks of a matrix of `count` columns, each
+  // with some groups; the product of the next ones is under way meanwhile.
+  template <class Factors, class Use>
   void products(const void* w, const void* bias, int64_t set, int64_t rows, int64_t count,
-                const BFloat16* factors, int64_t first, int64_t last, int64_t ahead,
-                const Use& use) {
+                const Range& chunks, const Range& groups, const Factors& factors, const Use& use) {
     alignas(64) float out[2][kChunk * kGroup], wide[kChunk];
     const BFloat16 *matrix = in<BFloat16>(w, set * rows * count),
                    *biases = in<BFloat16>(bias, set * rows);
-    const auto start = [&](int64_t chunk) {
-      product_of_pairs<kTiles>(matrix + chunk * kChunk * count, count, factors, count,
-                               out[chunk % 2], kGroup, ahead);
+    const int64_t size = groups.size(), all = chunks.size() * size;
+    const auto start = [&](int64_t i) {
+      const int64_t chunk = chunks.first + i / size, g = groups.first + i % size;
+      product_of_pairs<kTiles>(matrix + chunk * kChunk * count, count, factors(g), count,
+                               out[i % 2], kGroup, g ? 0 : ahead_);
     };
-    start(first);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      if (chunk + 1 < last) start(chunk + 1);
-      move(biases + chunk * kChunk, wide, kChunk);
-      use(Chunk(chunk, rows), out[chunk % 2], wide);
+    start(0);
+    for (int64_t i = 0; i < all; ++i) {
+      if (i + 1 < all) start(i + 1);
+      const Chunk chunk(chunks.first + i / size, rows);
+      move(biases + chunk.first, wide, kChunk);
+      use(chunk, groups.first + i % size, out[i % 2], wide);
     }
   }
 
   // h <- act(W1 x + b1)
-  void hidden(int64_t block, int64_t g, int64_t first, int64_t last) {
-    products(a_.weights.w1, a_.weights.b1, set_of(a_, block), s_.hidden, s_.width, x(g), first,
-             last, g ? 0 : ahead_, [&](const Chunk& chunk, float* z, const float* bias) {
-               activate_(z, bias, h(g) + chunk.first * kGroup);
-             });
+  void hidden(int64_t block, const Range& chunks, const Range& groups) {
+    products(
+        a_.weights.w1, a_.weights.b1, set_of(a_, block), s_.hidden, s_.width, chunks, groups,
+        [&](int64_t g) { return x(g); },
+        [&](const Chunk& chunk, int64_t g, float* z, const float* bias) {
+          activate_(z, bias, h(g) + chunk.first * kGroup);
+        });
   }
 
   // x <- x + gate * (W2 h + b2), and the sums over the features of the chunk.
-  void branch(int64_t block, int64_t g, int64_t first, int64_t last) {
-    products(a_.weights.w2, a_.weights.b2, set_of(a_, block), s_.width, s_.hidden, h(g), first,
-             last, g ? 0 : ahead_, [&](const Chunk& chunk, float* f, const float* bias) {
-               stream_.template add<true>(block, chunk, g, f, bias);
-               round_stream(g, chunk.first, kChunk);
-             });
+  void branch(int64_t block, const Range& chunks, const Range& groups) {
+    products(
+        a_.weights.w2, a_.weights.b2, set_of(a_, block), s_.width, s_.hidden, chunks, groups,
+        [&](int64_t g) { return h(g); },
+        [&](const Chunk& chunk, int64_t g, float* f, const float* bias) {
+          stream_.template add<true>(block, chunk, g, f, bias);
+          round_stream(g, chunk.first, kChunk);
+        });
   }
 
   const Args& a_;
