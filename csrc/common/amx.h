@@ -10,8 +10,8 @@ namespace fastres::FASTRES_ISA {
 #define FASTRES_PAIRS
 
 // While one lives the thread has registers 0 to 3, of 16 rows of 64 bytes. Four of the eight: where
-// another thread shares the core there are few to rename them to, and a multiply-add in a product
-// that uses all eight takes 32 ns, of one that uses four 15 ns, in spite of half as many loads again.
+// another thread shares the core there are few to rename them to, and a multiply-add of a product
+// that uses all eight takes 32 ns, with four 15 ns, in spite of half as many loads again.
 class AmxTiles {
  public:
   AmxTiles() {

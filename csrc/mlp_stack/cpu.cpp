@@ -43,17 +43,12 @@ void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member*
   });
 }
 
-template <class T, int kTiles> using PlainChain = Chain<T, kTiles, Widened<T>>;
-
 void run_chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, Member* member) {
   const int members = member ? member->size() : 1;
 #if defined(FASTRES_PAIRS)
-  if (in_pairs_down(a.shape)) {
-    const AmxTiles registers;
-    return Chain<BFloat16, 2, PairedWeights>(a, row, rows, buffer, members).run(member);
-  }
+  if (in_pairs_down(a.shape)) return ChainInPairs(a, row, rows, buffer, members).run(member);
 #endif
-  run<PlainChain>(a, row, rows, buffer, members, member);
+  run<Chain>(a, row, rows, buffer, members, member);
 }
 
 }  // namespace
@@ -71,7 +66,7 @@ void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
 }
 void chain_in_turn(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer,
                    const Turn& turn) {
-  run<PlainChain>(a, row, rows, buffer, 1, turn);
+  run<Chain>(a, row, rows, buffer, 1, turn);
 }
 void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
@@ -83,14 +78,14 @@ void weights(const BackwardArgs& a, int64_t rows, int64_t begin, int64_t end) {
   if (in_pairs_down(a.shape)) {
     const AmxTiles registers;
     for (int64_t task = begin; task < end; ++task)
-      weight_task<BFloat16, PairedFactor>(a, rows, task);
+      weight_task<BFloat16, WeightRowsInPairs>(a, rows, task);
     return;
   }
 #endif
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t task = begin; task < end; ++task)
-      weight_task<T, InPlace<typename Stored<T>::A>>(a, rows, task);
+      weight_task<T, WeightRows<typename Stored<T>::A>>(a, rows, task);
   });
 }
 

@@ -84,7 +84,8 @@ inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
 }
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t chunks = ceil_div(s.width, kChunk) + ceil_div(s.hidden, kChunk);
-  return round_up(rows, kLargestGroup) * (2 * s.width + chunks) *
+  const int64_t factors = in_pairs_down(s) ? s.width + s.hidden / 2 : s.width;
+  return round_up(rows, kLargestGroup) * (s.width + factors + chunks) *
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 
@@ -100,7 +101,7 @@ constexpr int64_t kSlab = 64;
 inline int64_t slab_of(int64_t batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : kSlab; }
 inline int64_t left_size(const Shape& s) { return slab_of(s.batch) * (s.width + 2 * s.hidden); }
 inline int64_t left_bytes(const Shape& s) {
-  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4);
+  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : in_pairs_down(s) ? 2 : 4);
 }
 
 // Whether the chain adds a slab to the weight gradients as soon as it has made it, so that all of
