@@ -26,9 +26,9 @@ also moves all states and gradients through memory; the chain adds a slab of 64 
 weight gradients while it is in cache.
 
 On a CPU bfloat16 is widened to float32, unless the CPU has AMX. There its tile registers take the
-products, and the passes over numbers in cache, as many as in float32, weigh the more. Eager is then
-faster in bfloat16 too, where batches are large. The way down still rounds and packs its factors
-anew for every 32 rows.
+products, four of the eight: where another thread shares the core, products that use all eight take
+twice the time. The passes over numbers in cache, as many as in float32, weigh the more. On the way
+down what products take is rounded once, for all rows, and kept for the weight gradients.
 
 The baselines are those of `stack_baselines`: the ratio to `eager`, which has no norms, is the one
 that goals are about. "norms" runs the operator with its sums against the operator without them.
