@@ -55,7 +55,6 @@ template <class T, int kTiles> class Forward {
     for (int64_t g = 0; g < stream_.place.count; ++g) {
       product<kTiles>(chunk.size, w2, b2, h(g), kGroup, s_.hidden, f, kGroup);
       stream_.add(block, chunk, g, f);
-      stream_.keep_state(g, block + 1, chunk.first, chunk.size);
     }
   }
 

@@ -2,7 +2,7 @@
 // features in pairs, of the stream and of the hidden units, rounded to bfloat16 as on a GPU; the
 // stream itself stays in float32.
 #pragma once
-#include "cpu_pairs.h"
+#include "../common/amx.h"
 #include "cpu_stream.h"
 
 #if defined(FASTRES_PAIRS)
@@ -125,9 +125,6 @@ template <int kTiles> class ForwardInPairs {
         [&](const Chunk& chunk, int64_t g, float* f, const float* bias) {
           stream_.template add<true>(block, chunk, g, f, bias);
           round_stream(g, chunk.first, kChunk);
-          if (BFloat16* const to = stream_.state(g, block + 1))
-            turn_back(x(g) + chunk.first * kGroup, kGroup, stream_.place.size(g), to + chunk.first,
-                      s_.width);
         });
   }
 

@@ -28,17 +28,6 @@ template <class T, int kTiles> class Stream {
     }
   }
 
-  // Where a group's stream is to be kept after some blocks, [samples, D]; null: nowhere.
-  T* state(int64_t group, int64_t blocks_done) const {
-    if (!a_.states || blocks_done % a_.every || blocks_done == a_.last - a_.first) return nullptr;
-    return in<T>(a_.states, (blocks_done / a_.every * s_.batch + place.first(group)) * s_.width);
-  }
-  // Keeps features [from, from + size) of it.
-  void keep_state(int64_t group, int64_t blocks_done, int64_t from, int64_t size) const {
-    if (T* const to = state(group, blocks_done))
-      store_samples(x(group) + from * kGroup, kGroup, place.size(group), size, to + from, s_.width);
-  }
-
   // x <- x + gate * (f + bias) for the features of a chunk, and the sums over them. f [chunk.size,
   // kGroup] is used up; without kBias there is none.
   template <bool kBias = false>
@@ -52,6 +41,7 @@ template <class T, int kTiles> class Stream {
     } else {
       add_rows<kBias>(f, bias, chunk.size, stream, to);
     }
+    keep_state(group, block + 1, chunk.first, chunk.size);
   }
 
   // Adds up what the chunks left of a block's sums.
@@ -80,6 +70,14 @@ template <class T, int kTiles> class Stream {
  private:
   A* sums(int64_t group, int64_t chunk) const {  // [3, kGroup]
     return sums_ + (chunk * place.count + group) * 3 * kGroup;
+  }
+
+  // Stores features [from, from + size) of a group's stream, where it is a state to be kept.
+  void keep_state(int64_t group, int64_t blocks_done, int64_t from, int64_t size) {
+    if (!a_.states || blocks_done % a_.every || blocks_done == a_.last - a_.first) return;
+    const int64_t row = blocks_done / a_.every * s_.batch + place.first(group);
+    store_samples(x(group) + from * kGroup, kGroup, place.size(group), size,
+                  in<T>(a_.states, row * s_.width + from), s_.width);
   }
 
   template <bool kBias> FASTRES_HD static Tile<A> with_bias(const A* f, const A* bias, int64_t r) {
