@@ -173,11 +173,12 @@ def test_the_result_does_not_depend_on_the_number_of_threads(width, hidden, sets
 
 
 @needs_library
+@pytest.mark.parametrize("size", [(5, 8, 6), (33, 64, 32)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_states_are_the_stream_before_every_block_and_after_the_last(device, dtype):
-    x, *weights = stack(5, 8, 6, 4, device=device, dtype=dtype)
+def test_the_states_are_the_stream_before_every_block_and_after_the_last(device, dtype, size):
+    x, *weights = stack(*size, 4, device=device, dtype=dtype)
     states, stats = mlp_stack(x, *weights, return_states=True)
-    assert states.shape == (5, 5, 8)
+    assert states.shape == (5, *size[:2])
     assert torch.equal(states[0], x)
     for i in range(5):
         y, _ = mlp_stack(x, *(w[:i] for w in weights))
@@ -361,6 +362,29 @@ def test_a_nan_weight_shows_from_its_block_on(device):
     assert states[:2].isfinite().all()
     assert states[2:, :, 2].isnan().all()
     assert stats.branch_sq.isnan().tolist() == [[False] * 4, [True] * 4, [True] * 4]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_weight_reaches_no_gradient_by_lanes_without_a_sample(device, dtype):
+    x, *weights = stack(31, 64, 64, 3, device=device, dtype=dtype)
+    x, weights[0][-1, 3, 5] = x.abs(), math.inf
+    given = [t.requires_grad_() for t in (x, *weights)]
+    ours, plain = (
+        torch.autograd.grad(run(*given, None, "tanh")[0], given, torch.ones_like(x))
+        for run in (mlp_stack, eager)
+    )
+    for name, a, b in zip(("x", "w1", "b1", "w2", "b2"), ours, plain, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_zeros_keep_the_stream_bit_for_bit_however_small(device, dtype):
+    x, *weights = (t * 0 if i else t for i, t in enumerate(stack(33, 64, 32, 3, device=device)))
+    x = (x.double() * torch.finfo(dtype).smallest_normal).to(dtype)
+    states, _ = mlp_stack(x, *(w.to(dtype) for w in weights), return_states=True)
+    assert torch.equal(states, x.expand_as(states))
 
 
 @needs_library

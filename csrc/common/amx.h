@@ -52,8 +52,8 @@ template <int kTile> FASTRES_HD void zero_amx() {
 }
 
 // out <- w in, of 32 rows and 16 * kTiles columns, or with kAdd out + w in. w: rows of `count`
-// elements, a multiple of 32, with their strides; in [count / 2, 16 * kTiles, 2]. Fetches what is
-// `ahead` of w.
+// elements, a multiple of 32, with their strides; in [count / 2, 16 * kTiles, 2]. Where rows lie
+// one after the other, fetches what is `ahead` of them.
 template <int kTiles, bool kAdd = false>
 void product_of_pairs(const BFloat16* w, int64_t stride, const BFloat16* in, int64_t count,
                       float* out, int64_t out_stride, int64_t ahead = 0) {
@@ -73,31 +73,6 @@ void product_of_pairs(const BFloat16* w, int64_t stride, const BFloat16* in, int
     }
     store_amx<0>(out + c, out_stride), store_amx<1>(below + c, out_stride);
   }
-}
-
-// to [16, 2]: the lanes of two tiles, pair by pair. Subnormal numbers become 0, as in the products.
-FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float>& b) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  __m512i both;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(a.v[0]), "v"(b.v[0]));
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
-}
-// to [count / 2, 16 * kTiles, 2] <- from [count, stride]: what products take as their right factor.
-template <int kTiles>
-void to_pairs(const float* from, int64_t stride, int64_t count, BFloat16* to) {
-  constexpr int64_t kColumns = kTiles * kLanes;
-  for (int64_t k = 0; k < count; k += 2, from += 2 * stride, to += 2 * kColumns)
-    for (int64_t i = 0; i < kColumns; i += kLanes)
-      store_pairs(to + 2 * i, Stored<float>::load(from + i),
-                  Stored<float>::load(from + stride + i));
-}
-// to [16]: the lanes of a tile, likewise.
-FASTRES_HD void store_rounded(BFloat16* to, const Tile<float>& a) {
-  __m256i rounded;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a.v[0]));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 }
 #endif
 

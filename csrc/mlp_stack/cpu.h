@@ -48,7 +48,7 @@ inline bool are_few(const Shape& s) {
 // Whether threads that find no tile of their own had better share one, going down and going up.
 // Tile registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
 inline bool pays_to_share_down(const Shape& s) {
-  return s.width * s.hidden >= kWorthMeeting * (s.batch < 16 ? s.batch : 16);
+  return s.width * s.hidden >= kWorthMeeting * 16;  // samples at once, however few there are
 }
 inline bool pays_to_share_up(const Shape& s) {
   if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
@@ -82,6 +82,8 @@ inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
   return round_up(rows, kLargestGroup) * (s.width + factors + 3 * chunks) *
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
+// Downwards: cotangent, state, sums; in pairs the state, the cotangent again and that of the hidden
+// units, in half the bytes.
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t chunks = ceil_div(s.width, kChunk) + ceil_div(s.hidden, kChunk);
   const int64_t factors = in_pairs_down(s) ? s.width + s.hidden / 2 : s.width;
@@ -95,13 +97,14 @@ FASTRES_CPU_KERNEL(forward, const Args&, int64_t row, int64_t rows, void* buffer
 FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int wanted)
 
 // What the chain leaves of a slab of samples for the weight gradients of a block: gate * g [D,
-// slab_of], dz and h [H, slab_of]. 64 samples: 32 columns of them and 8 rows of cotangents stay in
-// the nearest cache.
+// slab_of], dz and h [H, slab_of], in the accumulate type, or where products take them in pairs in
+// bfloat16. 64 samples: 32 columns of them and 8 rows of cotangents stay in the nearest cache.
 constexpr int64_t kSlab = 64;
 inline int64_t slab_of(int64_t batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : kSlab; }
 inline int64_t left_size(const Shape& s) { return slab_of(s.batch) * (s.width + 2 * s.hidden); }
 inline int64_t left_bytes(const Shape& s) {
-  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : in_pairs_down(s) ? 2 : 4);
+  if (in_pairs_down(s)) return left_size(s) * 2;
+  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 
 // Whether the chain adds a slab to the weight gradients as soon as it has made it, so that all of

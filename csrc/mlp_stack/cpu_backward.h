@@ -56,7 +56,7 @@ template <class T, int kTiles> class Chain {
       for (int64_t from = 0; from < place_.count; from += kSlab / kGroup) {
         const int64_t to = least(from + kSlab / kGroup, place_.count);
         for (int64_t c = 0; c < chunks; ++c) hidden(number, Chunk(c, s_.hidden), from, to);
-        for (int64_t c = 0; c < ceil_div(s_.width, kChunk); ++c)
+        for (int64_t c = 0; c < cotangents_.width_chunks(); ++c)
           stream(number, Chunk(c, s_.width), from, to);
         if (a_.gw1) weights(number, from, turn);
       }

@@ -1,5 +1,5 @@
-// cpu_cotangents: the cotangent of the stream of a tile of samples on its way down, and what the
-// gate's gradient takes of it. Blocks count down: number 0 is the last one.
+// cpu_cotangents: the cotangent of the stream of a tile of samples on its way down, where the
+// states are that it meets, and what the gate's gradient takes. Number 0 is the last block.
 #pragma once
 #include "cpu_weights.h"
 
@@ -27,7 +27,8 @@ template <class T, int kTiles> class Cotangents {
   A* end() const { return sums_ + place.lanes() * sums_chunks(); }
 
   int64_t hidden_chunks() const { return ceil_div(s_.hidden, kChunk); }
-  int64_t sums_chunks() const { return hidden_chunks() + ceil_div(s_.width, kChunk); }
+  int64_t width_chunks() const { return ceil_div(s_.width, kChunk); }
+  int64_t sums_chunks() const { return hidden_chunks() + width_chunks(); }
   int64_t local(int64_t number) const { return blocks - 1 - number; }
   int64_t set(int64_t number) const { return s_.shared ? 0 : block(number); }
   // Features from `feature` on of a group's samples, rows of [batch, D].
@@ -120,7 +121,7 @@ void downwards(Member* member, const Shape& s, C& cotangents, const Load& load,
                const Hidden& hidden, const Down& stream) {
   const int64_t chunks = cotangents.hidden_chunks();
   in_order(
-      member, cotangents.blocks, chunks, ceil_div(s.width, kChunk), load,
+      member, cotangents.blocks, chunks, cotangents.width_chunks(), load,
       [&](int64_t number, int64_t chunk) {
         if (chunk == 0 && number > 0)
           cotangents.add_gate_gradient(number - 1, chunks, cotangents.sums_chunks());

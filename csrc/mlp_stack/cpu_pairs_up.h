@@ -2,7 +2,7 @@
 // features in pairs, of the stream and of the hidden units, rounded to bfloat16 as on a GPU; the
 // stream itself stays in float32.
 #pragma once
-#include "../common/amx.h"
+#include "../common/pairs.h"
 #include "cpu_stream.h"
 
 #if defined(FASTRES_PAIRS)
@@ -85,26 +85,24 @@ template <int kTiles> class ForwardInPairs {
   }
 
   // use(chunk, group, w factors(group), bias) for some chunks of a matrix of `count` columns, each
-  // with some groups; the product of the next ones is under way meanwhile.
+  // with some groups.
   template <class Factors, class Use>
   void products(const void* w, const void* bias, int64_t set, int64_t rows, int64_t count,
                 const Range& chunks, const Range& groups, const Factors& factors, const Use& use) {
     alignas(64) float out[2][kChunk * kGroup], wide[kChunk];
     const BFloat16 *matrix = in<BFloat16>(w, set * rows * count),
                    *biases = in<BFloat16>(bias, set * rows);
-    const int64_t size = groups.size(), all = chunks.size() * size;
+    const int64_t size = groups.size();
     const auto start = [&](int64_t i) {
       const int64_t chunk = chunks.first + i / size, g = groups.first + i % size;
       product_of_pairs<kTiles>(matrix + chunk * kChunk * count, count, factors(g), count,
                                out[i % 2], kGroup, g ? 0 : ahead_);
     };
-    start(0);
-    for (int64_t i = 0; i < all; ++i) {
-      if (i + 1 < all) start(i + 1);
+    overlapped(chunks.size() * size, start, [&](int64_t i) {
       const Chunk chunk(chunks.first + i / size, rows);
-      move(biases + chunk.first, wide, kChunk);
+      if (i % size == 0) move(biases + chunk.first, wide, kChunk);
       use(chunk, groups.first + i % size, out[i % 2], wide);
-    }
+    });
   }
 
   // h <- act(W1 x + b1)
