@@ -74,6 +74,17 @@ void product_of_pairs(const BFloat16* w, int64_t stride, const BFloat16* in, int
     store_amx<0>(out + c, out_stride), store_amx<1>(below + c, out_stride);
   }
 }
+
+// start(i) and use(i) for i in [0, count), each started before the one before it is used: products
+// in tile registers are under way while vectors are at work.
+template <class Start, class Use>
+void overlapped(int64_t count, const Start& start, const Use& use) {
+  if (count > 0) start(0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + 1 < count) start(i + 1);
+    use(i);
+  }
+}
 #endif
 
 }  // namespace fastres::FASTRES_ISA

@@ -85,17 +85,6 @@ inline void columns_to_rows(const BFloat16* from, int64_t stride, int64_t count,
       transpose_pairs(pairs + 2 * c, 2 * kPaired, to + c * count + k, count);
   }
 }
-
-// start(i) and use(i) for i in [0, count), each started before the one before it is used: products
-// in tile registers are under way while vectors are at work.
-template <class Start, class Use>
-void overlapped(int64_t count, const Start& start, const Use& use) {
-  if (count > 0) start(0);
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + 1 < count) start(i + 1);
-    use(i);
-  }
-}
 #endif
 
 }  // namespace fastres::FASTRES_ISA

@@ -136,11 +136,11 @@ class ChainInPairs {
       product_of_pairs<2>(w1, s_.hidden, delta(i), s_.hidden, sum[i % 2], kGroup);
     };
     overlapped(place_.count, start, [&](int64_t i) {
+      const uint16_t live[2] = {live_lanes(place_.size(i), 0), live_lanes(place_.size(i), 1)};
       BFloat16* gated =
           left_.gated(cotangents_.local(number), place_.first(i)) + chunk.first * left_.stride;
       cotangents_.gated(number, chunk, i, b2, [&](int64_t r, int t, const Tile<float>& v) {
-        store_rounded(gated + r * left_.stride + t * kLanes,
-                      select(live_lanes(place_.size(i), t), v));
+        store_rounded(gated + r * left_.stride + t * kLanes, select(live[t], v));
       });
       cotangents_.add(number, chunk, i, sum[i % 2]);
       round_cotangent(chunk, i);
