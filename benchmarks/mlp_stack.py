@@ -23,7 +23,8 @@ product of 8 rows by 32 samples stays in registers, and activation, residual and
 over numbers in the nearest cache, which weigh the more the narrower the blocks. Where eager itself
 is at 60 % of the limit (B = 1024, D = 128 and 256), nothing can be twice as fast. A training step
 also moves all states and gradients through memory; the chain adds a slab of 64 samples to the
-weight gradients while it is in cache.
+weight gradients while it is in cache. Of up to 32 samples of narrow blocks one thread takes the
+chain, and all the others, and it in the end, the weight gradients of the blocks that it has left.
 
 On a CPU bfloat16 is widened to float32, unless the CPU has AMX. There its tile registers take the
 products, four of the eight: where another thread shares the core, products that use all eight take

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from contract import DTYPES
-from test_mlp_stack import eager, needs_library, rms, stack
+from test_mlp_stack import eager, gradients, needs_library, rms, stack
 
+from fastres.ops.layout import accumulate
 from fastres.ops.mlp_stack import mlp_stack, reference
 
 BATCHES = range(1, 18)  # to one beyond
@@ -30,8 +31,32 @@ def test_few_samples_are_as_exact_as_eager(width, hidden, dtype):
         torch.testing.assert_close(stats.sums.double(), exact_stats.sums, **wide)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sets", [3, 1])
+@pytest.mark.parametrize(("width", "hidden"), [(16, 32), (48, 16), (160, 112)])
+def test_gradients_of_few_samples_are_as_exact_as_eager(width, hidden, sets, dtype):
+    for batch in range(1, 6):
+        given = stack(batch, width, hidden, sets, dtype=dtype, seed=batch)
+        args = [*given, gates(3, batch).to(accumulate(dtype))]
+        cotangents = torch.randn(4, batch, width, generator=torch.Generator().manual_seed(batch))
+        exact, ours, near = (
+            gradients(run, [*given, "gelu"], cotangents, blocks=3, return_states=True)
+            for run, given in (
+                (reference, [a.double() for a in args]),
+                (mlp_stack, args),
+                (eager, args),
+            )
+        )
+        del exact[1], ours[1], near[1]  # the sums
+        for a, b, e in zip(ours, near, exact, strict=True):
+            if dtype == torch.float64:  # the reference is no better
+                torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+            else:  # 4: the gate has one number for each sample
+                assert rms(a - e) <= 4 * max(rms(b - e), torch.finfo(dtype).eps * rms(e)), batch
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [64, 128, 256])  # samples are shared out, or rows
+@pytest.mark.parametrize("width", [64, 128, 256, 512])  # samples are shared out, or rows
 def test_no_number_of_threads_changes_a_bit(width, dtype):
     before, runs = torch.get_num_threads(), {}
     try:
@@ -40,9 +65,12 @@ def test_no_number_of_threads_changes_a_bit(width, dtype):
             for batch in BATCHES:
                 args = stack(batch, width, width, 20, dtype=dtype)
                 y, stats = mlp_stack(*args, gates(20, batch), "silu")
-                first = runs.setdefault(batch, (y, stats.sums))
-                assert torch.equal(y, first[0]), (threads, batch)
-                assert torch.equal(stats.sums, first[1]), (threads, batch)
+                found = [y, stats.sums]
+                if batch < 6:
+                    given = [*args, gates(20, batch), "silu"]
+                    found += gradients(mlp_stack, given, torch.ones_like(y))
+                for a, b in zip(found, runs.setdefault(batch, found), strict=True):
+                    assert torch.equal(a, b), (threads, batch)
     finally:
         torch.set_num_threads(before)
 

@@ -1,6 +1,5 @@
 // mlp_stack on the CPU: picks the kernel for the dtype and the number of samples.
-#include "cpu_backward.h"
-#include "cpu_few.h"
+#include "cpu_few_down.h"
 #include "cpu_forward.h"
 #include "cpu_pairs_down.h"
 #include "cpu_pairs_up.h"
@@ -48,7 +47,9 @@ void run_chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, M
 #if defined(FASTRES_PAIRS)
   if (in_pairs_down(a.shape)) return ChainInPairs(a, row, rows, buffer, members).run(member);
 #endif
-  run<Chain>(a, row, rows, buffer, members, member);
+  if (!are_few_down(a.shape)) return run<Chain>(a, row, rows, buffer, members, member);
+  visit_stored(a.shape.dtype,
+               [&](auto t) { FewChain<decltype(t)>(a, buffer, members).run(member); });
 }
 
 }  // namespace
@@ -77,15 +78,24 @@ void weights(const BackwardArgs& a, int64_t rows, int64_t begin, int64_t end) {
 #if defined(FASTRES_PAIRS)
   if (in_pairs_down(a.shape)) {
     const AmxTiles registers;
+    const Left<BFloat16> left(a.shape, a.scratch, true);
     for (int64_t task = begin; task < end; ++task)
-      weight_task<BFloat16, WeightRowsInPairs>(a, rows, task);
+      weight_task<BFloat16, WeightRowsInPairs>(a, left, rows, task);
     return;
   }
 #endif
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t task = begin; task < end; ++task)
-      weight_task<T, WeightRows<typename Stored<T>::A>>(a, rows, task);
+    using A = typename Stored<T>::A;
+    if (are_few_down(a.shape)) {
+      const FewLeft<A> left(a.shape, a.scratch);
+      for (int64_t task = begin; task < end; ++task)
+        weight_task<T, FewWeightRows<A>>(a, left, rows, task);
+    } else {
+      const Left<A> left(a.shape, a.scratch, true);
+      for (int64_t task = begin; task < end; ++task)
+        weight_task<T, WeightRows<A>>(a, left, rows, task);
+    }
   });
 }
 

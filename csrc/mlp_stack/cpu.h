@@ -45,14 +45,25 @@ inline bool are_few(const Shape& s) {
          s.width % 16 == 0 && s.hidden % 16 == 0;
 }
 
-// Whether threads that find no tile of their own had better share one, going down and going up.
-// Tile registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
-inline bool pays_to_share_down(const Shape& s) {
-  return s.width * s.hidden >= kWorthMeeting * 16;  // samples at once, however few there are
+// Likewise going down, sample by sample (cpu_few_down.h).
+inline bool are_few_down(const Shape& s) {
+  return s.batch <= kFour && s.width % 16 == 0 && s.hidden % 16 == 0;
 }
+
+// Whether threads that find no tile of their own had better share one, going up and going down.
+// Tile registers leave little to share but the reading of weights: 64 KiB of a matrix, measured.
 inline bool pays_to_share_up(const Shape& s) {
   if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
-  return are_few(s) ? pays_to_meet(s) : pays_to_share_down(s);
+  return are_few(s) ? pays_to_meet(s) : s.width * s.hidden >= 16 * kWorthMeeting;
+}
+// Down the blocks there are other things to do: weight gradients, behind a chain on one thread.
+inline bool follows_chain(const BackwardArgs& a) { return a.gw1 && !a.shape.shared; }
+inline bool pays_to_share_down(const BackwardArgs& a) {
+  const int64_t worth = are_few_down(a.shape) ? 256 : follows_chain(a) ? 64 : 16;
+  return a.shape.width * a.shape.hidden >= worth * kWorthMeeting;
+}
+inline bool leaves_threads_idle(const BackwardArgs& a) {
+  return follows_chain(a) && a.shape.batch <= kLargestGroup && !pays_to_share_down(a);
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
@@ -101,7 +112,10 @@ FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int 
 // bfloat16. 64 samples: 32 columns of them and 8 rows of cotangents stay in the nearest cache.
 constexpr int64_t kSlab = 64;
 inline int64_t slab_of(int64_t batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : kSlab; }
-inline int64_t left_size(const Shape& s) { return slab_of(s.batch) * (s.width + 2 * s.hidden); }
+inline int64_t left_size(const Shape& s) {
+  if (are_few_down(s)) return 2 * s.batch * (s.width + s.hidden);  // and x
+  return slab_of(s.batch) * (s.width + 2 * s.hidden);
+}
 inline int64_t left_bytes(const Shape& s) {
   if (in_pairs_down(s)) return left_size(s) * 2;
   return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4);

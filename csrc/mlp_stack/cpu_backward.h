@@ -7,7 +7,7 @@ namespace fastres::mlp_stack::FASTRES_ISA {
 // From z and q, [rows, stride] both: h <- act(z) over z, dz <- gate * q * act'(z) over q; the sums
 // of q * h over the rows, [kGroup].
 template <Activation kActivation, int kTiles, class A>
-void derive(A* z, A* q, int64_t rows, int64_t stride, const GateTiles<A, kTiles>& gate, A* sums) {
+void derive(A* z, A* q, int64_t rows, int64_t stride, const Tile<A>* gate, A* sums) {
   Tile<A> dot[kTiles]{};
   for (int64_t r = 0; r < rows; ++r)
     for (int t = 0; t < kTiles; ++t) {
@@ -16,7 +16,7 @@ void derive(A* z, A* q, int64_t rows, int64_t stride, const GateTiles<A, kTiles>
                     cotangent = Stored<A>::load(q + at);
       dot[t] += cotangent * h;
       Stored<A>::store(z + at, h);
-      Stored<A>::store(q + at, gate.v[t] * (cotangent * derivative<kActivation>(given)));
+      Stored<A>::store(q + at, gate[t] * (cotangent * derivative<kActivation>(given)));
     }
   for (int t = 0; t < kTiles; ++t) Stored<A>::store(sums + t * kLanes, dot[t]);
 }
@@ -42,7 +42,7 @@ template <class T, int kTiles> class Chain {
 
   void run(Member* member) {
     downwards(
-        member, s_, cotangents_, [&] { load(); },
+        member, cotangents_, [&] { load(); },
         [&](int64_t number, const Chunk& chunk) { hidden(number, chunk, 0, place_.count); },
         [&](int64_t number, const Chunk& chunk) { stream(number, chunk, 0, place_.count); });
   }
@@ -96,7 +96,7 @@ template <class T, int kTiles> class Chain {
         *delta = left_.delta(local(number), place_.first(i)) + at;
       product<kTiles>(chunk.size, w1, b1, x(i), kGroup, s_.width, h, left_.stride);
       product<kTiles>(chunk.size, w2, kNoBias, g(i), kGroup, s_.width, delta, left_.stride);
-      derive_(h, delta, chunk.size, left_.stride, cotangents_.gate(number, i),
+      derive_(h, delta, chunk.size, left_.stride, cotangents_.gate(number, i).v,
               cotangents_.sums(i, chunk.number));
       cotangents_.fetch_state(number, i, chunk.number);
     }
@@ -135,7 +135,7 @@ template <class T, int kTiles> class Chain {
   }
 
   const BackwardArgs& a_;
-  void (*const derive_)(A*, A*, int64_t, int64_t, const GateTiles<A, kTiles>&, A*);
+  void (*const derive_)(A*, A*, int64_t, int64_t, const Tile<A>*, A*);
   const Shape& s_;
   Cotangents<T, kTiles> cotangents_;
   const Groups<kTiles>& place_;

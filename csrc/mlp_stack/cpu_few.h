@@ -112,19 +112,60 @@ template <class T, int kSamples, int kGroups> class Few {
         weights_(s_.width > s_.hidden ? s_.width : s_.hidden, s_, members) {}
 
   void run(Member* member) {
-    in_order(
-        member, a_.last - a_.first, ceil_div(s_.hidden, kChunk), chunks(), [&] { load(); },
-        [&](int64_t block, int64_t chunk) {
-          if (chunk == 0 && block > 0) store_sums(block - 1);
-          hidden(block, Chunk(chunk, s_.hidden));
-        },
-        [&](int64_t block, int64_t chunk) { branch(block, Chunk(chunk, s_.width)); },
-        [&] { finish(); });
+    upwards(
+        member, a_, *this, [&] { load(); },
+        [&](int64_t block, const Chunk& chunk) { hidden(block, chunk); },
+        [&](int64_t block, const Chunk& chunk) { branch(block, chunk); });
+  }
+
+  // Adds up what the chunks left of a block's sums.
+  void store_sums(int64_t block) {
+    if (!a_.sums) return;
+    for (int64_t g = 0; g < groups_; ++g)
+      for (int64_t k = 0; k < 3; ++k) {
+        Tile<A> total{};
+        for (int64_t chunk = 0; chunk < chunks(); ++chunk)
+          total += Stored<A>::load(sums(g, chunk) + k * kLanes);
+        alignas(64) A lanes[kLanes];
+        Stored<A>::store(lanes, Tiles::totals(total));
+        A* to = in<A>(a_.sums, ((a_.first + block) * 3 + k) * s_.batch + row_) + g * kSamples;
+        for (int64_t i = 0; i < least(kSamples, rows_ - g * kSamples); ++i)
+          to[i] = lanes[i * kFeatures];
+      }
+  }
+
+  void finish() {
+    if (a_.last > a_.first) store_sums(a_.last - a_.first - 1);
+    if (a_.y) store_rows(a_.y, 0, s_.width);
+  }
+
+  // The rows of a matrix, as `product` takes them.
+  static Rows<W> rows(Widened<T>& weights, const T* from, int64_t rows, int64_t cols) {
+    if constexpr (std::is_same_v<W, T>) return weights.in_place(from, cols);
+    else return weights.rows(from, rows, cols);
+  }
+  // out[g] <- bias + w in[g] for kGroups groups.
+  static void product(int64_t rows, const Rows<W>& w, const A* bias, const A* in, int64_t count,
+                      A* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; r += kJoined) {
+      Tile<A> sums[kGroups][kJoined];
+#pragma GCC unroll 4
+      for (int i = 0; i < kJoined; i += kRows) add_rows(w.from_row(r + i), in, count, i, sums);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+        for (int i = 0; i < kJoined; i += kFeatures) {
+          Tile<A> some[kFeatures];
+#pragma GCC unroll 16
+          for (int k = 0; k < kFeatures; ++k) some[k] = sums[g][i + k];
+          Stored<A>::store(out + g * out_stride + (r + i) * kSamples,
+                           Tiles::of(bias + r + i) + Tiles::joined(some));
+        }
+    }
   }
 
  private:
   int64_t chunks() const { return ceil_div(s_.width, kChunk); }
-  int64_t set(int64_t block) const { return s_.shared ? 0 : a_.first + block; }
   // [features / kFeatures, kSamples, kFeatures]
   A* x(int64_t group) const { return x_ + group * kSamples * s_.width; }
   A* h(int64_t group) const { return h_ + group * kSamples * s_.hidden; }
@@ -134,11 +175,6 @@ template <class T, int kSamples, int kGroups> class Few {
   // Where features [from, from + kFeatures) of a sample stand.
   A* place(int64_t sample, int64_t from) const {
     return x(sample / kSamples) + from * kSamples + sample % kSamples * kFeatures;
-  }
-
-  Rows<W> rows(const T* from, int64_t rows, int64_t cols) {
-    if constexpr (std::is_same_v<W, T>) return weights_.in_place(from, cols);
-    else return weights_.rows(from, rows, cols);
   }
 
   void load() {
@@ -168,25 +204,6 @@ template <class T, int kSamples, int kGroups> class Few {
     store_rows(in<T>(a_.states, blocks_done / a_.every * s_.batch * s_.width), chunk.first, size);
   }
 
-  // out[g] <- bias + w in[g] for kGroups groups.
-  static void product(int64_t rows, const Rows<W>& w, const A* bias, const A* in, int64_t count,
-                      A* out, int64_t out_stride) {
-    for (int64_t r = 0; r < rows; r += kJoined) {
-      Tile<A> sums[kGroups][kJoined];
-#pragma GCC unroll 4
-      for (int i = 0; i < kJoined; i += kRows) add_rows(w.from_row(r + i), in, count, i, sums);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 4
-        for (int i = 0; i < kJoined; i += kFeatures) {
-          Tile<A> some[kFeatures];
-#pragma GCC unroll 16
-          for (int k = 0; k < kFeatures; ++k) some[k] = sums[g][i + k];
-          Stored<A>::store(out + g * out_stride + (r + i) * kSamples,
-                           Tiles::of(bias + r + i) + Tiles::joined(some));
-        }
-    }
-  }
   FASTRES_HD static void add_rows(const Rows<W>& w, const A* in, int64_t count, int at,
                                   Tile<A> (&sums)[kGroups][kJoined]) {
     Tile<A> sum[kGroups][kRows]{};
@@ -210,8 +227,8 @@ template <class T, int kSamples, int kGroups> class Few {
 
   // h <- act(W1 x + b1)
   void hidden(int64_t block, const Chunk& chunk) {
-    const int64_t at = set(block) * s_.hidden + chunk.first;
-    const Rows<W> w1 = rows(in<T>(a_.weights.w1, at * s_.width), chunk.size, s_.width);
+    const int64_t at = set_of(a_, block) * s_.hidden + chunk.first;
+    const Rows<W> w1 = rows(weights_, in<T>(a_.weights.w1, at * s_.width), chunk.size, s_.width);
     const A* b1 = weights_.bias(in<T>(a_.weights.b1, at), chunk.size);
     for (int64_t g = 0; g < groups_; g += kGroups) {
       A* out = h(g) + chunk.first * kSamples;
@@ -223,8 +240,8 @@ template <class T, int kSamples, int kGroups> class Few {
 
   // x <- x + gate * (W2 h + b2), and the sums over the features of the chunk.
   void branch(int64_t block, const Chunk& chunk) {
-    const int64_t at = set(block) * s_.width + chunk.first;
-    const Rows<W> w2 = rows(in<T>(a_.weights.w2, at * s_.hidden), chunk.size, s_.hidden);
+    const int64_t at = set_of(a_, block) * s_.width + chunk.first;
+    const Rows<W> w2 = rows(weights_, in<T>(a_.weights.w2, at * s_.hidden), chunk.size, s_.hidden);
     const A* b2 = weights_.bias(in<T>(a_.weights.b2, at), chunk.size);
     alignas(64) A f[kGroups][kChunk * kSamples];
     for (int64_t first = 0; first < groups_; first += kGroups) {
@@ -256,27 +273,6 @@ template <class T, int kSamples, int kGroups> class Few {
       each[i] = sample < rows_ ? gate_of<A>(a_.weights, a_.first + block, row_ + sample) : A(1);
     }
     return Stored<A>::load(each);
-  }
-
-  // Adds up what the chunks left of a block's sums.
-  void store_sums(int64_t block) {
-    if (!a_.sums) return;
-    for (int64_t g = 0; g < groups_; ++g)
-      for (int64_t k = 0; k < 3; ++k) {
-        Tile<A> total{};
-        for (int64_t chunk = 0; chunk < chunks(); ++chunk)
-          total += Stored<A>::load(sums(g, chunk) + k * kLanes);
-        alignas(64) A lanes[kLanes];
-        Stored<A>::store(lanes, Tiles::totals(total));
-        A* to = in<A>(a_.sums, ((a_.first + block) * 3 + k) * s_.batch + row_) + g * kSamples;
-        for (int64_t i = 0; i < least(kSamples, rows_ - g * kSamples); ++i)
-          to[i] = lanes[i * kFeatures];
-      }
-  }
-
-  void finish() {
-    if (a_.last > a_.first) store_sums(a_.last - a_.first - 1);
-    if (a_.y) store_rows(a_.y, 0, s_.width);
   }
 
   const Args& a_;

@@ -66,7 +66,7 @@ class ChainInPairs {
   void run(Member* member) {
     const AmxTiles registers;
     downwards(
-        member, s_, cotangents_, [&] { load(); },
+        member, cotangents_, [&] { load(); },
         [&](int64_t number, const Chunk& chunk) { hidden(number, chunk); },
         [&](int64_t number, const Chunk& chunk) { stream(number, chunk); });
   }
@@ -164,7 +164,6 @@ class ChainInPairs {
 // As WeightRows, of rows and columns by 32.
 class WeightRowsInPairs {
  public:
-  using Element = BFloat16;
   WeightRowsInPairs(int64_t rows, int64_t cols, float* weights, float* bias, bool fresh)
       : rows_(rows), cols_(cols), weights_(weights), bias_(bias), fresh_(fresh) {}
 

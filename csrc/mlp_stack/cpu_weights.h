@@ -54,7 +54,6 @@ void add_sums(const E* left, int64_t stride, int64_t samples, int64_t rows, bool
 //   w2: left = gated, right = hidden;  w1: left = delta, right = x
 template <class A> class WeightRows {
  public:
-  using Element = A;
   static constexpr int kTiles = kWide<A>;
   static constexpr int64_t kCols = kTiles * kLanes;
   struct Samples {
@@ -145,6 +144,14 @@ void add_slab(const BackwardArgs& a, const Left<E>& left, int64_t block, int64_t
                    in<T>(a.states, (block * s.batch + sample) * s.width));
 }
 
+// Adds all slabs of a local block likewise.
+template <class T, class E, class Sum>
+void add_block(const BackwardArgs& a, const Left<E>& left, int64_t block, bool second, int64_t row,
+               Sum& sum) {
+  for (int64_t b = 0; b < a.shape.batch; b += left.stride)
+    add_slab<T>(a, left, block, b, second, row, sum);
+}
+
 // Adds up some rows of a gradient to `weights`, `bias`, stored as Out.
 template <class Sum, class A, class Out, class Add>
 void sum_rows(int64_t rows, int64_t cols, Out* weights, Out* bias, bool fresh, const Add& add) {
@@ -161,22 +168,19 @@ void sum_rows(int64_t rows, int64_t cols, Out* weights, Out* bias, bool fresh, c
   }
 }
 
-// `of_task` rows of one gradient, of a block or, where all share their weights, of all blocks.
-template <class T, class Sum> void weight_task(const BackwardArgs& a, int64_t of_task,
-                                               int64_t task) {
+// `of_task` rows of one gradient: of a block, as soon as the chain has left it and in its order, or
+// of all blocks, where these share their weights.
+template <class T, class Sum, class From>
+void weight_task(const BackwardArgs& a, const From& left, int64_t of_task, int64_t task) {
   using A = typename Stored<T>::A;
   const Shape& s = a.shape;
   const int64_t chunks2 = ceil_div(s.width, of_task),
                 chunks = chunks2 + ceil_div(s.hidden, of_task);
-  const int64_t block = task / chunks, number = task % chunks;
+  const int64_t blocks = a.last - a.first, number = task % chunks;
   const bool second = number < chunks2;  // of w2, else of w1
   const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
   const int64_t first = (second ? number : number - chunks2) * of_task;
-  const Left<typename Sum::Element> left(s, a.scratch, true);
-  const auto add = [&](auto& sum, int64_t l) {
-    for (int64_t b = 0; b < s.batch; b += left.stride)
-      add_slab<T>(a, left, l, b, second, first, sum);
-  };
+  const auto add = [&](auto& sum, int64_t l) { add_block<T>(a, left, l, second, first, sum); };
   void *const weights = second ? a.gw2 : a.gw1, *const bias = second ? a.gb2 : a.gb1;
   const auto run = [&](auto out, int64_t set, bool fresh, const auto& all) {
     using Out = decltype(out);
@@ -185,10 +189,12 @@ template <class T, class Sum> void weight_task(const BackwardArgs& a, int64_t of
                      in<Out>(bias, row), fresh, all);
   };
   if (s.shared)
-    run(A(), 0, !a.add, [&](auto& sum) {
-      for (int64_t l = 0; l < a.last - a.first; ++l) add(sum, l);
+    return run(A(), 0, !a.add, [&](auto& sum) {
+      for (int64_t l = 0; l < blocks; ++l) add(sum, l);
     });
-  else run(T(), a.first + block, true, [&](auto& sum) { add(sum, block); });
+  const int64_t before = task / chunks, block = blocks - 1 - before;
+  if (a.done) wait_until([&] { return a.done->load(std::memory_order_acquire) > before; });
+  run(T(), a.first + block, true, [&](auto& sum) { add(sum, block); });
 }
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -6,6 +6,8 @@
 //     W2' = sum (gate g) h^T;  b2' = sum gate g;  W1' = sum dz x^T;  b1' = sum dz
 // The stream, the sums and every product are accumulated in float64 for float64, else in float32.
 #pragma once
+#include <atomic>
+
 #include "../common/stack.h"
 
 namespace fastres::mlp_stack {
@@ -50,6 +52,8 @@ struct BackwardArgs {
   void *gw1, *gb1, *gw2, *gb2;  // all null: not wanted
   bool add;
   void* scratch = nullptr;  // scratch_bytes(args), the same for both launches
+  // On the CPU: the blocks that the chain has left there, from the last; null: nobody waits.
+  std::atomic<int64_t>* done = nullptr;
 };
 
 // Bytes of scratch: by the shape and the number of blocks alone.
