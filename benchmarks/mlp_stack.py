@@ -24,7 +24,7 @@ over numbers in the nearest cache, which weigh the more the narrower the blocks.
 is at 60 % of the limit (B = 1024, D = 128 and 256), nothing can be twice as fast. A training step
 also moves all states and gradients through memory; the chain adds a slab of 64 samples to the
 weight gradients while it is in cache. Of up to 32 samples of narrow blocks one thread takes the
-chain, and all the others, and it in the end, the weight gradients of the blocks that it has left.
+chain, and both of them, behind it, the weight gradients of the blocks that it is done with.
 
 On a CPU bfloat16 is widened to float32, unless the CPU has AMX. There its tile registers take the
 products, four of the eight: where another thread shares the core, products that use all eight take

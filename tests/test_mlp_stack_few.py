@@ -1,4 +1,6 @@
-"""mlp_stack of few samples in widths of whole vectors, which the CPU takes by fours."""
+"""mlp_stack of few samples in widths of whole vectors, for which the CPU has kernels."""
+
+import math
 
 import pytest
 import torch
@@ -53,6 +55,30 @@ def test_gradients_of_few_samples_are_as_exact_as_eager(width, hidden, sets, dty
                 torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
             else:  # 4: the gate has one number for each sample
                 assert rms(a - e) <= 4 * max(rms(b - e), torch.finfo(dtype).eps * rms(e)), batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("width", "hidden"), [(64, 32), (512, 272)])  # every second state is kept
+def test_neither_what_is_kept_nor_what_is_wanted_changes_a_bit_of_few(width, hidden, dtype):
+    for batch in range(1, 6):
+        x, *weights = stack(batch, width, hidden, 7, dtype=dtype)
+        g = torch.ones_like(x)
+        found = gradients(mlp_stack, [x, *weights, gates(7, batch)], g)
+        again = gradients(mlp_stack, [x, *weights, gates(7, batch)], g, checkpoint=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), batch
+        leaf = x.clone().requires_grad_()
+        y, _ = mlp_stack(leaf, *weights, gates(7, batch))
+        assert torch.equal(torch.autograd.grad(y, leaf, g)[0], found[2]), batch
+
+
+def test_an_infinite_sample_reaches_no_other_of_few():
+    x, *weights = stack(3, 32, 48, 4)
+    leaf = x.clone().requires_grad_()
+    clean = torch.autograd.grad(mlp_stack(leaf, *weights, None, "tanh")[0].sum(), leaf)[0]
+    leaf.data[1] = math.inf
+    found = torch.autograd.grad(mlp_stack(leaf, *weights, None, "tanh")[0].sum(), leaf)[0]
+    assert torch.equal(found[::2], clean[::2])
+    assert not torch.equal(found[1], clean[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -98,8 +98,9 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
 #if defined(__linux__)
 // glibc gives memory back to the system when more than twice the largest block that was ever freed
 // lies unused at the end of its heap. So a process whose first large blocks are those of a training
-// step gets all their pages anew at every step, 2 ms for 10 MB. Once a block of 32 MiB has been
-// freed, in which nothing need be written, it keeps 64 MiB; where thresholds are set, these hold.
+// step gets all their pages anew at every step, 2 ms for 10 MB. Once a block of nearly 32 MiB has
+// been freed, the largest that counts, it keeps 64 MiB; nothing need be written to the block, and
+// where MALLOC_TRIM_THRESHOLD_ or the like is set, that holds.
 inline void keep_freed_memory() {
   [[maybe_unused]] static const bool done = [] {
     void* volatile block = std::malloc((32 << 20) - (64 << 10));  // volatile: not to be left out

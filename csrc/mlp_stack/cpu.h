@@ -45,7 +45,8 @@ inline bool are_few(const Shape& s) {
          s.width % 16 == 0 && s.hidden % 16 == 0;
 }
 
-// Likewise going down, sample by sample (cpu_few_down.h).
+// Likewise going down, where one sample stands in a tile, and more of them meet its weights one
+// after the other (cpu_few_down.h).
 inline bool are_few_down(const Shape& s) {
   return s.batch <= kFour && s.width % 16 == 0 && s.hidden % 16 == 0;
 }
@@ -56,14 +57,18 @@ inline bool pays_to_share_up(const Shape& s) {
   if (in_pairs(s)) return s.width * s.hidden >= 32 << 10;
   return are_few(s) ? pays_to_meet(s) : s.width * s.hidden >= 16 * kWorthMeeting;
 }
-// Down the blocks there are other things to do: weight gradients, behind a chain on one thread.
-inline bool follows_chain(const BackwardArgs& a) { return a.gw1 && !a.shape.shared; }
-inline bool pays_to_share_down(const BackwardArgs& a) {
-  const int64_t worth = are_few_down(a.shape) ? 256 : follows_chain(a) ? 64 : 16;
+// Down the blocks a second thread has the weight gradients to do, behind a chain on the first, and
+// that is worth more than sharing the chain up to larger blocks (measured with two threads). With
+// more threads the chain would keep them waiting.
+inline bool pays_to_share_down(const BackwardArgs& a, int64_t threads) {
+  const bool few = are_few_down(a.shape), followed = a.gw1 && !a.shape.shared && threads <= 2;
+  const int64_t worth = followed ? (few ? 256 : 64) : few ? 32 : 16;
   return a.shape.width * a.shape.hidden >= worth * kWorthMeeting;
 }
-inline bool leaves_threads_idle(const BackwardArgs& a) {
-  return follows_chain(a) && a.shape.batch <= kLargestGroup && !pays_to_share_down(a);
+// Whether the chain is one tile on one thread, which weight gradients can follow.
+inline bool can_be_followed(const BackwardArgs& a, int64_t threads) {
+  return a.gw1 && !a.shape.shared && a.shape.batch <= kLargestGroup &&
+         !pays_to_share_down(a, threads);
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
@@ -94,9 +99,10 @@ inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 // Downwards: cotangent, state, sums; in pairs the state, the cotangent again and that of the hidden
-// units, in half the bytes.
+// units, in half the bytes; of few samples one sum each.
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t chunks = ceil_div(s.width, kChunk) + ceil_div(s.hidden, kChunk);
+  if (are_few_down(s)) return rows * chunks * (s.dtype == Dtype::kFloat64 ? 8 : 4);
   const int64_t factors = in_pairs_down(s) ? s.width + s.hidden / 2 : s.width;
   return round_up(rows, kLargestGroup) * (s.width + factors + chunks) *
          (s.dtype == Dtype::kFloat64 ? 8 : 4);
@@ -109,11 +115,12 @@ FASTRES_CPU_KERNEL(forward_together, const Args&, void* buffer, Team& team, int 
 
 // What the chain leaves of a slab of samples for the weight gradients of a block: gate * g [D,
 // slab_of], dz and h [H, slab_of], in the accumulate type, or where products take them in pairs in
-// bfloat16. 64 samples: 32 columns of them and 8 rows of cotangents stay in the nearest cache.
+// bfloat16. 64 samples: 32 columns of them and 8 rows of cotangents stay in the nearest cache. Of
+// few samples rows, and beside these x.
 constexpr int64_t kSlab = 64;
 inline int64_t slab_of(int64_t batch) { return batch <= 16 ? 16 : batch <= 32 ? 32 : kSlab; }
 inline int64_t left_size(const Shape& s) {
-  if (are_few_down(s)) return 2 * s.batch * (s.width + s.hidden);  // and x
+  if (are_few_down(s)) return 2 * s.batch * (s.width + s.hidden);
   return slab_of(s.batch) * (s.width + 2 * s.hidden);
 }
 inline int64_t left_bytes(const Shape& s) {

@@ -6,19 +6,17 @@
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// out [samples, out_stride] <- rows [samples, stride] times `columns`, [count, cols].
-template <class A>
-void product_of_samples(int64_t samples, const A* rows, int64_t stride, int64_t count,
-                        const Columns<A>& columns, int64_t cols, A* out, int64_t out_stride) {
+// out [rows, out_stride] <- w times in [count, cols], or out and it.
+template <bool kAdd = false, class W, class A>
+void product_of_columns(int64_t rows, const W& w, const A* in, int64_t in_stride, int64_t count,
+                        int64_t cols, A* out, int64_t out_stride) {
   constexpr const A* kNoBias = nullptr;
-  const Rows<A> factor{rows, stride};
+  constexpr int64_t kCols = kWide<A> * kLanes;
   int64_t c = 0;
-  for (constexpr int64_t kCols = kWide<A> * kLanes; c + kCols <= cols; c += kCols)
-    product<kWide<A>>(samples, factor, kNoBias, columns.at + c, columns.stride, count, out + c,
-                      out_stride);
+  for (; c + kCols <= cols; c += kCols)
+    product<kWide<A>, kAdd>(rows, w, kNoBias, in + c, in_stride, count, out + c, out_stride);
   for (; c < cols; c += kLanes)
-    product<1>(samples, factor, kNoBias, columns.at + c, columns.stride, count, out + c,
-               out_stride);
+    product<1, kAdd>(rows, w, kNoBias, in + c, in_stride, count, out + c, out_stride);
 }
 
 // What the chain leaves of a block: gated = gate * g, x [B, D]; delta = dz, hidden = h [B, H].
@@ -46,7 +44,7 @@ template <class T> class FewChain : public Descent {
         g_(static_cast<A*>(a.g)),
         sums_(static_cast<A*>(buffer)),
         left_(s, a.scratch),
-        w1_(s.width > s.hidden ? s.width : s.hidden, s, members, -1),
+        w1_(s.hidden, s, members, -1),
         w2_(s.width, s, members, -1) {}
 
   void run(Member* member) {
@@ -73,17 +71,15 @@ template <class T> class FewChain : public Descent {
   // <q, h>.
   void hidden(int64_t number, const Chunk& chunk) {
     const int64_t row_at = set(number) * s.hidden + chunk.first;
+    const T* from = in<T>(a.weights.w2, set(number) * s.width * s.hidden + chunk.first);
+    w2_.fetch(from, s.hidden, s.width, chunk.size);
+    const Columns<A> w2 = w2_.columns(from, s.hidden, s.width, chunk.size);
     const auto w1 = Up::rows(w1_, in<T>(a.weights.w1, row_at * s.width), chunk.size, s.width);
-    const Columns<A> w2 =
-        w2_.columns(in<T>(a.weights.w2, set(number) * s.width * s.hidden + chunk.first), s.hidden,
-                    s.width, chunk.size);
-    const A* b1 = w1_.bias(in<T>(a.weights.b1, row_at), chunk.size);
-    const A* x = left_.x(local(number));
+    const A *b1 = w1_.bias(in<T>(a.weights.b1, row_at), chunk.size), *x = left_.x(local(number));
     A *h = left_.hidden(local(number)) + chunk.first,
       *dz = left_.delta(local(number)) + chunk.first;
-    for (int64_t k = 0; k < s.width; k += 4)
-      for (int64_t c = 0; c < chunk.size; c += kLanes) w2.from_row(c).fetch(k, kLanes);
-    product_of_samples(s.batch, g_, s.width, s.width, w2, chunk.size, dz, s.hidden);
+    product_of_columns(s.batch, Rows<A>{g_, s.width}, w2.at, w2.stride, s.width, chunk.size, dz,
+                       s.hidden);
     for (int64_t i = 0; i < s.batch; ++i) {
       Up::product(chunk.size, w1, b1, x + i * s.width, s.width, h + i * s.hidden, 0);
       const Tile<A> gate = gate_of_sample(number, i);
@@ -99,8 +95,8 @@ template <class T> class FewChain : public Descent {
                                 s.width, s.hidden, chunk.size);
     const A* b2 = w2_.bias(in<T>(a.weights.b2, set(number) * s.width + chunk.first), chunk.size);
     alignas(64) A more[kFour * kChunk];
-    product_of_samples(s.batch, left_.delta(local(number)), s.hidden, s.hidden, w1, chunk.size,
-                       more, kChunk);
+    product_of_columns(s.batch, Rows<A>{left_.delta(local(number)), s.hidden}, w1.at, w1.stride,
+                       s.hidden, chunk.size, more, kChunk);
     for (int64_t i = 0; i < s.batch; ++i) {
       const int64_t at = i * s.width + chunk.first;
       const Tile<A> gate = gate_of_sample(number, i);
@@ -144,8 +140,9 @@ template <class A> class FewWeightRows {
 
   // left [samples, stride], right [samples, cols]
   void add(const A* left, int64_t stride, int64_t samples, const A* right) {
-    if (fresh_) add_products<false>({left, stride}, samples, right);
-    else add_products<true>({left, stride}, samples, right);
+    const Columns<A> factor{left, stride};
+    if (fresh_) product_of_columns(rows_, factor, right, cols_, samples, cols_, weights_, cols_);
+    else product_of_columns<true>(rows_, factor, right, cols_, samples, cols_, weights_, cols_);
     for (int64_t r = 0; r < rows_; r += kLanes) {
       Tile<A> total = fresh_ ? Tile<A>{} : Stored<A>::load(bias_ + r);
       for (int64_t i = 0; i < samples; ++i) total += Stored<A>::load(left + i * stride + r);
@@ -155,23 +152,6 @@ template <class A> class FewWeightRows {
   }
 
  private:
-  // Row after row: what is written lies in the order of memory.
-  template <bool kAdd>
-  void add_products(const Columns<A>& left, int64_t samples, const A* right) const {
-    constexpr const A* kNoBias = nullptr;
-    constexpr int64_t kCols = kWide<A> * kLanes;
-    for (int64_t r = 0; r < rows_; r += kChunk) {
-      const Columns<A> factor = left.from_row(r);
-      const int64_t rows = least(kChunk, rows_ - r);
-      A* const to = weights_ + r * cols_;
-      int64_t c = 0;
-      for (; c + kCols <= cols_; c += kCols)
-        product<kWide<A>, kAdd>(rows, factor, kNoBias, right + c, cols_, samples, to + c, cols_);
-      for (; c < cols_; c += kLanes)
-        product<1, kAdd>(rows, factor, kNoBias, right + c, cols_, samples, to + c, cols_);
-    }
-  }
-
   const int64_t rows_, cols_;
   A *const weights_, *const bias_;
   bool fresh_;

@@ -40,6 +40,12 @@ template <class T> class Widened {
     if constexpr (kInPlace) return {from, stride, ahead_};
     else return {widen(from, stride, rows, cols, buffer_.data()), cols};
   }
+  // Fetches for the next block what `columns` reads in this one.
+  void fetch(const T* from, int64_t stride, int64_t rows, int64_t cols) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; c += 64 / sizeof(T))
+        __builtin_prefetch(from + r * stride + c + ahead_, 0, 2);
+  }
   const A* bias(const T* from, int64_t size) {
     if constexpr (kInPlace) return from;
     else return widen(from, 0, 1, size, bias_);

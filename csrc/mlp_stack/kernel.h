@@ -52,7 +52,7 @@ struct BackwardArgs {
   void *gw1, *gb1, *gw2, *gb2;  // all null: not wanted
   bool add;
   void* scratch = nullptr;  // scratch_bytes(args), the same for both launches
-  // On the CPU: the blocks that the chain has left there, from the last; null: nobody waits.
+  // On the CPU: of how many blocks, from the last, scratch is complete; null: nobody waits.
   std::atomic<int64_t>* done = nullptr;
 };
 

@@ -68,14 +68,19 @@ void run_in_turns(const BackwardArgs& a) {
                      });
 }
 // The chain on the thread that comes first, and behind it, on all threads, the weight gradients.
-void run_behind(BackwardArgs a, int64_t rows) {
+void run_followed(BackwardArgs a, int64_t threads, int64_t rows) {
   std::atomic<int64_t> came{0}, next{0}, done{0};
   a.done = &done;
-  const int64_t threads = torch::stable::get_num_threads(), tasks = weight_tasks(a, rows);
+  const int64_t tasks = weight_tasks(a, rows);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     if (came++ == 0) {
-      const Buffer buffer(chain_tile_bytes(a.shape, a.shape.batch));
-      chain_for_this_cpu()(a, 0, a.shape.batch, buffer.data());
+      try {
+        const Buffer buffer(chain_tile_bytes(a.shape, a.shape.batch));
+        chain_for_this_cpu()(a, 0, a.shape.batch, buffer.data());
+      } catch (...) {  // of memory that was not to be had: nobody is to wait for the rest
+        done = a.shape.blocks;
+        throw;
+      }
     }
     for (int64_t task = next++; task < tasks; task = next++)
       weights_for_this_cpu()(a, rows, task, task + 1);
@@ -83,17 +88,17 @@ void run_behind(BackwardArgs a, int64_t rows) {
 }
 void run(const BackwardArgs& a) {
   if (in_turns(a)) return run_in_turns(a);
-  const int64_t of_task = rows_of_task(a, torch::stable::get_num_threads());
-  if (leaves_threads_idle(a)) return run_behind(a, of_task);
+  const int64_t threads = torch::stable::get_num_threads(), rows = rows_of_task(a, threads);
+  if (can_be_followed(a, threads)) return run_followed(a, threads, rows);
   for_tiles(
-      a.shape, kLargestGroup, pays_to_share_down(a), chain_tile_bytes,
+      a.shape, kLargestGroup, pays_to_share_down(a, threads), chain_tile_bytes,
       [&](int64_t row, int64_t rows, void* buffer) { chain_for_this_cpu()(a, row, rows, buffer); },
       [&](void* buffer, Team& team, int members) {
         chain_together_for_this_cpu()(a, buffer, team, members);
       });
   if (!a.gw1) return;
-  torch::stable::parallel_for(0, weight_tasks(a, of_task), 1, [&](int64_t begin, int64_t end) {
-    weights_for_this_cpu()(a, of_task, begin, end);
+  torch::stable::parallel_for(0, weight_tasks(a, rows), 1, [&](int64_t begin, int64_t end) {
+    weights_for_this_cpu()(a, rows, begin, end);
   });
 }
 template <class Any> void run(const Any& args, const Tensor&) { run(args); }
