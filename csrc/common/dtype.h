@@ -16,6 +16,10 @@ constexpr int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
+// Of the type in which sums of it are accumulated.
+constexpr int64_t accumulate_size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
 FASTRES_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 }  // namespace fastres

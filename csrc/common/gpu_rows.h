@@ -143,7 +143,7 @@ void launch_sum_parts(const void* scratch, void* out, int64_t count, int pieces,
 // Bytes of scratch for so many sums of each row; 0 where rows are not split.
 inline int64_t parts_bytes(int64_t sums, int64_t rows, int64_t cols, Dtype dtype) {
   const int64_t pieces = pieces_of(rows, cols, dtype);
-  return pieces == 1 ? 0 : sums * rows * pieces * (dtype == Dtype::kFloat64 ? 8 : 4);
+  return pieces == 1 ? 0 : sums * rows * pieces * accumulate_size_of(dtype);
 }
 
 }  // namespace fastres::gpu

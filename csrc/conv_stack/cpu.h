@@ -37,8 +37,7 @@ inline int64_t rows_of_task(const Shape& s, int64_t images, int64_t members) {
 
 // Bytes that `images` need at a time: stream, inner activations, partial sums.
 inline int64_t buffer_bytes(const Shape& s, int64_t images) {
-  return images * 2 * image_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4) +
-         rows_of(s, images) * 3 * 8;
+  return images * 2 * image_size(s) * accumulate_size_of(s.dtype) + rows_of(s, images) * 3 * 8;
 }
 
 // Images [first, first + images) through all blocks; or all of them, by a team of which `wanted`

@@ -52,6 +52,11 @@ void run_chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, M
                [&](auto t) { FewChain<decltype(t)>(a, buffer, members).run(member); });
 }
 
+template <class T, class Sum, class From>
+void run_tasks(const BackwardArgs& a, const From& left, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) weight_task<T, Sum>(a, left, rows, task);
+}
+
 }  // namespace
 
 void forward(const Args& a, int64_t row, int64_t rows, void* buffer) {
@@ -79,23 +84,15 @@ void weights(const BackwardArgs& a, int64_t rows, int64_t begin, int64_t end) {
   if (in_pairs_down(a.shape)) {
     const AmxTiles registers;
     const Left<BFloat16> left(a.shape, a.scratch, true);
-    for (int64_t task = begin; task < end; ++task)
-      weight_task<BFloat16, WeightRowsInPairs>(a, left, rows, task);
-    return;
+    return run_tasks<BFloat16, WeightRowsInPairs>(a, left, rows, begin, end);
   }
 #endif
   visit_stored(a.shape.dtype, [&](auto t) {
     using T = decltype(t);
     using A = typename Stored<T>::A;
-    if (are_few_down(a.shape)) {
-      const FewLeft<A> left(a.shape, a.scratch);
-      for (int64_t task = begin; task < end; ++task)
-        weight_task<T, FewWeightRows<A>>(a, left, rows, task);
-    } else {
-      const Left<A> left(a.shape, a.scratch, true);
-      for (int64_t task = begin; task < end; ++task)
-        weight_task<T, WeightRows<A>>(a, left, rows, task);
-    }
+    if (are_few_down(a.shape))
+      run_tasks<T, FewWeightRows<A>>(a, FewLeft<A>(a.shape, a.scratch), rows, begin, end);
+    else run_tasks<T, WeightRows<A>>(a, Left<A>(a.shape, a.scratch, true), rows, begin, end);
   });
 }
 

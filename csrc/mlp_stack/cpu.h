@@ -60,15 +60,15 @@ inline bool pays_to_share_up(const Shape& s) {
 // Down the blocks a second thread has the weight gradients to do, behind a chain on the first, and
 // that is worth more than sharing the chain up to larger blocks (measured with two threads). With
 // more threads the chain would keep them waiting.
+inline bool has_followers(const BackwardArgs& a) { return a.gw1 && !a.shape.shared; }
 inline bool pays_to_share_down(const BackwardArgs& a, int64_t threads) {
-  const bool few = are_few_down(a.shape), followed = a.gw1 && !a.shape.shared && threads <= 2;
+  const bool few = are_few_down(a.shape), followed = has_followers(a) && threads <= 2;
   const int64_t worth = followed ? (few ? 256 : 64) : few ? 32 : 16;
   return a.shape.width * a.shape.hidden >= worth * kWorthMeeting;
 }
 // Whether the chain is one tile on one thread, which weight gradients can follow.
 inline bool can_be_followed(const BackwardArgs& a, int64_t threads) {
-  return a.gw1 && !a.shape.shared && a.shape.batch <= kLargestGroup &&
-         !pays_to_share_down(a, threads);
+  return has_followers(a) && a.shape.batch <= kLargestGroup && !pays_to_share_down(a, threads);
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
@@ -88,24 +88,21 @@ inline int members_for(const Shape& s, int64_t step, int64_t threads, bool pays)
   return static_cast<int>(threads < most ? threads : most);
 }
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
-
 // Bytes of the accumulate type that a tile of `rows` samples needs: stream, hidden units, sums;
 // with features in pairs both in half the bytes, beside the stream.
 inline int64_t forward_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t factors = in_pairs(s) ? (s.width + s.hidden) / 2 : s.hidden;
   const int64_t chunks = ceil_div(s.width, kChunk);
   return round_up(rows, kLargestGroup) * (s.width + factors + 3 * chunks) *
-         (s.dtype == Dtype::kFloat64 ? 8 : 4);
+         accumulate_size_of(s.dtype);
 }
 // Downwards: cotangent, state, sums; in pairs the state, the cotangent again and that of the hidden
 // units, in half the bytes; of few samples one sum each.
 inline int64_t chain_tile_bytes(const Shape& s, int64_t rows) {
   const int64_t chunks = ceil_div(s.width, kChunk) + ceil_div(s.hidden, kChunk);
-  if (are_few_down(s)) return rows * chunks * (s.dtype == Dtype::kFloat64 ? 8 : 4);
+  if (are_few_down(s)) return rows * chunks * accumulate_size_of(s.dtype);
   const int64_t factors = in_pairs_down(s) ? s.width + s.hidden / 2 : s.width;
-  return round_up(rows, kLargestGroup) * (s.width + factors + chunks) *
-         (s.dtype == Dtype::kFloat64 ? 8 : 4);
+  return round_up(rows, kLargestGroup) * (s.width + factors + chunks) * accumulate_size_of(s.dtype);
 }
 
 // Samples [row, row + rows) through all blocks of the arguments; or all samples, by a team of which
@@ -125,7 +122,7 @@ inline int64_t left_size(const Shape& s) {
 }
 inline int64_t left_bytes(const Shape& s) {
   if (in_pairs_down(s)) return left_size(s) * 2;
-  return left_size(s) * (s.dtype == Dtype::kFloat64 ? 8 : 4);
+  return left_size(s) * accumulate_size_of(s.dtype);
 }
 
 // Whether the chain adds a slab to the weight gradients as soon as it has made it, so that all of

@@ -5,24 +5,6 @@
 
 namespace fastres::mlp_stack::FASTRES_ISA {
 
-// The blocks of the arguments on the way down, by their number, and the chunks of a block.
-struct Descent {
-  const BackwardArgs& a;
-  const Shape& s;
-  const int64_t blocks;
-  explicit Descent(const BackwardArgs& a) : a(a), s(a.shape), blocks(a.last - a.first) {}
-
-  int64_t hidden_chunks() const { return ceil_div(s.hidden, kChunk); }
-  int64_t width_chunks() const { return ceil_div(s.width, kChunk); }
-  int64_t sums_chunks() const { return hidden_chunks() + width_chunks(); }
-  int64_t local(int64_t number) const { return blocks - 1 - number; }
-  int64_t block(int64_t number) const { return a.last - 1 - number; }
-  int64_t set(int64_t number) const { return s.shared ? 0 : block(number); }
-  void has_left(int64_t count) const {
-    if (a.done) a.done->store(count, std::memory_order_release);
-  }
-};
-
 template <class T, int kTiles> class Cotangents : public Descent {
   using A = typename Stored<T>::A;
   static constexpr int64_t kGroup = kTiles * kLanes;

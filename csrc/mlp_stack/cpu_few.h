@@ -139,11 +139,6 @@ template <class T, int kSamples, int kGroups> class Few {
     if (a_.y) store_rows(a_.y, 0, s_.width);
   }
 
-  // The rows of a matrix, as `product` takes them.
-  static Rows<W> rows(Widened<T>& weights, const T* from, int64_t rows, int64_t cols) {
-    if constexpr (std::is_same_v<W, T>) return weights.in_place(from, cols);
-    else return weights.rows(from, rows, cols);
-  }
   // out[g] <- bias + w in[g] for kGroups groups.
   static void product(int64_t rows, const Rows<W>& w, const A* bias, const A* in, int64_t count,
                       A* out, int64_t out_stride) {
@@ -175,6 +170,11 @@ template <class T, int kSamples, int kGroups> class Few {
   // Where features [from, from + kFeatures) of a sample stand.
   A* place(int64_t sample, int64_t from) const {
     return x(sample / kSamples) + from * kSamples + sample % kSamples * kFeatures;
+  }
+
+  Rows<W> rows(const T* from, int64_t rows, int64_t cols) {
+    if constexpr (std::is_same_v<W, T>) return weights_.in_place(from, cols);
+    else return weights_.rows(from, rows, cols);
   }
 
   void load() {
@@ -228,7 +228,7 @@ template <class T, int kSamples, int kGroups> class Few {
   // h <- act(W1 x + b1)
   void hidden(int64_t block, const Chunk& chunk) {
     const int64_t at = set_of(a_, block) * s_.hidden + chunk.first;
-    const Rows<W> w1 = rows(weights_, in<T>(a_.weights.w1, at * s_.width), chunk.size, s_.width);
+    const Rows<W> w1 = rows(in<T>(a_.weights.w1, at * s_.width), chunk.size, s_.width);
     const A* b1 = weights_.bias(in<T>(a_.weights.b1, at), chunk.size);
     for (int64_t g = 0; g < groups_; g += kGroups) {
       A* out = h(g) + chunk.first * kSamples;
@@ -241,7 +241,7 @@ template <class T, int kSamples, int kGroups> class Few {
   // x <- x + gate * (W2 h + b2), and the sums over the features of the chunk.
   void branch(int64_t block, const Chunk& chunk) {
     const int64_t at = set_of(a_, block) * s_.width + chunk.first;
-    const Rows<W> w2 = rows(weights_, in<T>(a_.weights.w2, at * s_.hidden), chunk.size, s_.hidden);
+    const Rows<W> w2 = rows(in<T>(a_.weights.w2, at * s_.hidden), chunk.size, s_.hidden);
     const A* b2 = weights_.bias(in<T>(a_.weights.b2, at), chunk.size);
     alignas(64) A f[kGroups][kChunk * kSamples];
     for (int64_t first = 0; first < groups_; first += kGroups) {

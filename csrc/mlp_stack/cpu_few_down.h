@@ -49,7 +49,7 @@ template <class T> class FewChain : public Descent {
 
   void run(Member* member) {
     downwards(
-        member, *this, [&] { load_state(0, Chunk(0, s.width), s.width); },
+        member, *this, [&] { load_state(0, 0, s.width); },
         [&](int64_t number, const Chunk& chunk) { hidden(number, chunk); },
         [&](int64_t number, const Chunk& chunk) { stream(number, chunk); });
   }
@@ -74,7 +74,7 @@ template <class T> class FewChain : public Descent {
     const T* from = in<T>(a.weights.w2, set(number) * s.width * s.hidden + chunk.first);
     w2_.fetch(from, s.hidden, s.width, chunk.size);
     const Columns<A> w2 = w2_.columns(from, s.hidden, s.width, chunk.size);
-    const auto w1 = Up::rows(w1_, in<T>(a.weights.w1, row_at * s.width), chunk.size, s.width);
+    const Rows<T> w1 = w1_.in_place(in<T>(a.weights.w1, row_at * s.width), s.width);
     const A *b1 = w1_.bias(in<T>(a.weights.b1, row_at), chunk.size), *x = left_.x(local(number));
     A *h = left_.hidden(local(number)) + chunk.first,
       *dz = left_.delta(local(number)) + chunk.first;
@@ -111,16 +111,15 @@ template <class T> class FewChain : public Descent {
       }
       sum(i, hidden_chunks() + chunk.number) = dot.sum();
     }
-    if (number + 1 < blocks) load_state(number + 1, chunk, chunk.size);
+    if (number + 1 < blocks) load_state(number + 1, chunk.first, chunk.size);
   }
 
   const T* state(const void* states, int64_t number) const {
     return in<T>(states, local(number) * s.batch * s.width);
   }
-  void load_state(int64_t number, const Chunk& chunk, int64_t size) {
-    for (int64_t i = 0; i < s.batch; ++i)
-      move(state(a.states, number) + i * s.width + chunk.first,
-           left_.x(local(number)) + i * s.width + chunk.first, size);
+  void load_state(int64_t number, int64_t from, int64_t size) {
+    for (int64_t at = from; at < s.batch * s.width; at += s.width)
+      move(state(a.states, number) + at, left_.x(local(number)) + at, size);
   }
   Tile<A> gate_of_sample(int64_t number, int64_t sample) const {
     return Math<Tile<A>>::of(gate_of<A>(a.weights, block(number), sample));

@@ -42,9 +42,7 @@ template <class T> class Widened {
   }
   // Fetches for the next block what `columns` reads in this one.
   void fetch(const T* from, int64_t stride, int64_t rows, int64_t cols) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; c += 64 / sizeof(T))
-        __builtin_prefetch(from + r * stride + c + ahead_, 0, 2);
+    for (int64_t r = 0; r < rows; ++r) fetch_row(from + r * stride + ahead_, cols);
   }
   const A* bias(const T* from, int64_t size) {
     if constexpr (kInPlace) return from;
@@ -52,11 +50,13 @@ template <class T> class Widened {
   }
 
  private:
+  static void fetch_row(const T* from, int64_t cols) {
+    for (int64_t c = 0; c < cols; c += 64 / sizeof(T)) __builtin_prefetch(from + c, 0, 2);
+  }
   static const A* widen(const T* from, int64_t stride, int64_t rows, int64_t cols, A* to,
                         int64_t ahead = 0) {
     for (int64_t r = 0; r < rows; ++r, from += stride) {
-      for (int64_t c = 0; ahead && c < cols; c += 64 / sizeof(T))
-        __builtin_prefetch(from + c + ahead, 0, 2);
+      if (ahead) fetch_row(from + ahead, cols);
       move(from, to + r * cols, cols);
     }
     return to;
@@ -125,6 +125,24 @@ void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begi
 
 // The set of weights of block a.first + `block`.
 inline int64_t set_of(const Args& a, int64_t block) { return a.shape.shared ? 0 : a.first + block; }
+
+// The blocks of the arguments on the way down, by their number, and the chunks of a block.
+struct Descent {
+  const BackwardArgs& a;
+  const Shape& s;
+  const int64_t blocks;
+  explicit Descent(const BackwardArgs& a) : a(a), s(a.shape), blocks(a.last - a.first) {}
+
+  int64_t hidden_chunks() const { return ceil_div(s.hidden, kChunk); }
+  int64_t width_chunks() const { return ceil_div(s.width, kChunk); }
+  int64_t sums_chunks() const { return hidden_chunks() + width_chunks(); }
+  int64_t local(int64_t number) const { return blocks - 1 - number; }
+  int64_t block(int64_t number) const { return a.last - 1 - number; }
+  int64_t set(int64_t number) const { return s.shared ? 0 : block(number); }
+  void has_left(int64_t count) const {
+    if (a.done) a.done->store(count, std::memory_order_release);
+  }
+};
 
 // Upwards: load(); then for every block hidden(block, chunk) and branch(block, chunk) for the
 // chunks of H and of D, and stream.store_sums(block); then stream.finish().

@@ -176,7 +176,8 @@ void weight_task(const BackwardArgs& a, const From& left, int64_t of_task, int64
   const Shape& s = a.shape;
   const int64_t chunks2 = ceil_div(s.width, of_task),
                 chunks = chunks2 + ceil_div(s.hidden, of_task);
-  const int64_t blocks = a.last - a.first, number = task % chunks;
+  const Descent down(a);
+  const int64_t before = task / chunks, number = task % chunks;
   const bool second = number < chunks2;  // of w2, else of w1
   const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
   const int64_t first = (second ? number : number - chunks2) * of_task;
@@ -190,11 +191,10 @@ void weight_task(const BackwardArgs& a, const From& left, int64_t of_task, int64
   };
   if (s.shared)
     return run(A(), 0, !a.add, [&](auto& sum) {
-      for (int64_t l = 0; l < blocks; ++l) add(sum, l);
+      for (int64_t l = 0; l < down.blocks; ++l) add(sum, l);
     });
-  const int64_t before = task / chunks, block = blocks - 1 - before;
   if (a.done) wait_until([&] { return a.done->load(std::memory_order_acquire) > before; });
-  run(T(), a.first + block, true, [&](auto& sum) { add(sum, block); });
+  run(T(), down.block(before), true, [&](auto& sum) { add(sum, down.local(before)); });
 }
 
 }  // namespace fastres::mlp_stack::FASTRES_ISA

@@ -14,7 +14,6 @@ namespace fastres::mlp_stack_paths {
 constexpr int kMostSamples = 16;  // of a tile
 
 inline int64_t element_size(const Shape& s) { return size_of(s.dtype); }
-constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // Derivatives, of each block and 16 samples: where act' is 0 or 1 a bit of each, else values.
 inline bool are_bits(const Shape& s) {
