@@ -4,6 +4,7 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include "../common/numpy.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 #endif
 
@@ -18,7 +19,7 @@ template <class Any> void launch(Any args, const Tensor& x) {
 }
 #else
 template <class Body> void for_tasks(const Tasks& tasks, const Body& body) {
-  torch::stable::parallel_for(0, tasks.count, 1, body);
+  parallel_for(0, tasks.count, 1, body);
 }
 
 void launch(const Args& a) {

@@ -1,13 +1,12 @@
 // batch: its samples over the threads, in tiles that each takes by itself, or as one tile that they
 // take together.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "buffer.h"
 #include "dtype.h"
+#include "parallel.h"
 #include "team.h"
 
 namespace fastres {
@@ -24,7 +23,7 @@ void for_tiles(int64_t batch, int64_t step, const Bytes& bytes, const Alone& alo
   const int64_t tiles = threads * ceil_div(steps, threads * most);  // as many for each thread
   const int64_t samples = ceil_div(steps, tiles) * step, count = ceil_div(batch, samples);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     const Buffer buffer(bytes(samples));
     for (int64_t tile = next++; tile < count; tile = next++)
       alone(tile, tile * samples, std::min(samples, batch - tile * samples), buffer.data());
@@ -36,7 +35,7 @@ template <class Together>
 void as_team(int members, int64_t bytes, const Together& together) {
   const Buffer buffer(bytes);
   Team team;
-  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
     // Where there is one thread after all it gets the whole range.
     together(buffer.data(), team, end - begin == members ? 1 : members);
   });

@@ -23,17 +23,22 @@ template <class Condition> void wait_until(const Condition& condition) {
 class Member {
  public:
   // wanted: how many are expected.
-  Member(Team& team, int wanted) : team_(team), index_(team.joined.fetch_add(1)) {
+  Member(Team& team, int wanted) : wanted(wanted), team_(team) {}
+  const int wanted;
+  // Whether this thread takes part. From here on others wait for it, so that it must not fail: it
+  // has taken its memory before.
+  bool joins() {
+    index_ = team_.joined.fetch_add(1);
     if (index_ == 0) {
       // 10,000 looks, some 0.3 ms: a thread that sleeps has come by then, if it comes at all.
-      for (int i = 0; i < 10000 && team.joined.load() < wanted; ++i) pause();
-      team.size.store(team.joined.exchange(Team::kMost));
+      for (int i = 0; i < 10000 && team_.joined.load() < wanted; ++i) pause();
+      team_.size.store(team_.joined.exchange(Team::kMost));
     } else if (index_ < wanted) {
-      wait_until([&] { return team.size.load() > 0; });
+      wait_until([&] { return team_.size.load() > 0; });
     }
-    size_ = team.size.load();
+    size_ = team_.size.load();
+    return index_ < size_;
   }
-  bool takes_part() const { return index_ < size_; }
   // The tasks of `count` that are this member's: the same in every step, so that what it writes
   // stays in its core.
   int64_t begin(int64_t count) const { return count * index_ / size_; }
@@ -44,13 +49,11 @@ class Member {
     for (int m = 0; m < size_; ++m)
       wait_until([&] { return team_.steps[m].done.load(std::memory_order_acquire) >= step_; });
   }
-  int size() const { return size_; }
   bool first() const { return index_ == 0; }
 
  private:
   Team& team_;
-  const int index_;
-  int size_ = 0;
+  int index_ = 0, size_ = 0;
   int64_t step_ = 0;
 };
 

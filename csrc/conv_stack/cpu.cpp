@@ -11,7 +11,6 @@ void forward(const Args& a, int64_t first, int64_t images, void* buffer) {
 
 void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
-  if (!member.takes_part()) return;
   const int64_t images = a.shape.batch, rows = rows_of_task(a.shape, images, wanted);
   visit_stored(a.shape.dtype,
                [&](auto t) { Forward<decltype(t)>(a, 0, images, rows, buffer).run(&member); });

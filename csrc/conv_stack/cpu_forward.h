@@ -30,6 +30,7 @@ template <class T> class Forward {
         branch_(2 * rows * s_.width * kLanes * sizeof(A)) {}
 
   void run(Member* member) {
+    if (member && !member->joins()) return;
     const int64_t lines = images_ * (s_.height + 2);
     share(member, lines, [&](int64_t line) { load_line(line); });
     for (int64_t block = 0; block < s_.blocks; ++block) {

@@ -21,7 +21,7 @@ void run(const Args& a, int64_t row, int64_t rows, void* buffer, int members, co
 
 void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member* member) {
   const int64_t batch = a.shape.batch;
-  const int members = member ? member->size() : 1;
+  const int members = member ? member->wanted : 1;
 #if defined(FASTRES_PAIRS)
   if (in_pairs(a.shape)) {
     if (rows > kLanes) return ForwardInPairs<2>(a, row, rows, buffer, members).run(member);
@@ -43,7 +43,7 @@ void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member*
 }
 
 void run_chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer, Member* member) {
-  const int members = member ? member->size() : 1;
+  const int members = member ? member->wanted : 1;
 #if defined(FASTRES_PAIRS)
   if (in_pairs_down(a.shape)) return ChainInPairs(a, row, rows, buffer, members).run(member);
 #endif
@@ -64,7 +64,7 @@ void forward(const Args& a, int64_t row, int64_t rows, void* buffer) {
 }
 void forward_together(const Args& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
-  if (member.takes_part()) run_forward(a, 0, a.shape.batch, buffer, &member);
+  run_forward(a, 0, a.shape.batch, buffer, &member);
 }
 
 void chain(const BackwardArgs& a, int64_t row, int64_t rows, void* buffer) {
@@ -76,7 +76,7 @@ void chain_in_turn(const BackwardArgs& a, int64_t row, int64_t rows, void* buffe
 }
 void chain_together(const BackwardArgs& a, void* buffer, Team& team, int wanted) {
   Member member(team, wanted);
-  if (member.takes_part()) run_chain(a, 0, a.shape.batch, buffer, &member);
+  run_chain(a, 0, a.shape.batch, buffer, &member);
 }
 
 void weights(const BackwardArgs& a, int64_t rows, int64_t begin, int64_t end) {

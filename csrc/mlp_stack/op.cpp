@@ -72,7 +72,7 @@ void run_followed(BackwardArgs a, int64_t threads, int64_t rows) {
   std::atomic<int64_t> came{0}, next{0}, done{0};
   a.done = &done;
   const int64_t tasks = weight_tasks(a, rows);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     if (came++ == 0) {
       try {
         const Buffer buffer(chain_tile_bytes(a.shape, a.shape.batch));
@@ -97,9 +97,8 @@ void run(const BackwardArgs& a) {
         chain_together_for_this_cpu()(a, buffer, team, members);
       });
   if (!a.gw1) return;
-  torch::stable::parallel_for(0, weight_tasks(a, rows), 1, [&](int64_t begin, int64_t end) {
-    weights_for_this_cpu()(a, rows, begin, end);
-  });
+  parallel_for(0, weight_tasks(a, rows), 1,
+               [&](int64_t begin, int64_t end) { weights_for_this_cpu()(a, rows, begin, end); });
 }
 template <class Any> void run(const Any& args, const Tensor&) { run(args); }
 #endif

@@ -3,6 +3,7 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include "../common/buffer.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 #endif
 
@@ -18,13 +19,13 @@ void run(const Args& a, const Tensor& x) {
 #else
 void run(const Args& a, const Tensor&) {
   const Shape& s = a.shape;
-  torch::stable::parallel_for(0, ceil_div(s.batch, 16), 2, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(s.batch, 16), 2, [&](int64_t begin, int64_t end) {
     const Buffer buffer(forward_bytes(s));
     derivatives_for_this_cpu()(a, begin, end, buffer.data());
   });
   const int64_t samples = tile_samples(s, torch::stable::get_num_threads());
   const int64_t tiles = ceil_div(s.batch, samples);
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const Buffer buffer(lengths_bytes(s, samples));
     for (int64_t tile = begin; tile < end; ++tile)
       lengths_for_this_cpu()(a, tile * samples, samples, buffer.data());

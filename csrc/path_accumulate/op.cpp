@@ -4,6 +4,7 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include "../common/numpy.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 #endif
 
@@ -22,9 +23,8 @@ void launch(const Args& a) {
   const int64_t segments = segments_of(a.cols), tasks = a.lines() * segments;
   std::vector<Sums<double>> partial(segments > 1 ? tasks : 0);
   Sums<double>* const to = partial.empty() ? nullptr : partial.data();
-  torch::stable::parallel_for(0, tasks, least_tasks(a.cols), [&](int64_t begin, int64_t end) {
-    accumulate_for_this_cpu()(a, to, begin, end);
-  });
+  parallel_for(0, tasks, least_tasks(a.cols),
+               [&](int64_t begin, int64_t end) { accumulate_for_this_cpu()(a, to, begin, end); });
   if (to) join_for_this_cpu()(a, to);
 }
 

@@ -4,6 +4,7 @@
 #include "kernel.h"
 #if !defined(FASTRES_CUDA)
 #include "../common/numpy.h"
+#include "../common/parallel.h"
 #include "cpu.h"
 #endif
 
@@ -19,7 +20,7 @@ template <class Any> void launch(Any args, const Tensor& x) {
 }
 #else
 template <class Body> void for_tasks(int64_t rows, int64_t cols, const Body& body) {
-  torch::stable::parallel_for(0, rows * segments_of(cols), least_tasks(cols), body);
+  parallel_for(0, rows * segments_of(cols), least_tasks(cols), body);
 }
 
 void launch(const Args& a) {
