@@ -100,8 +100,9 @@ class TestConvStack(OpContract):
         yield torch.ops.fastres._conv_stack.default, (*channels_last(given), gate, False, False)
 
 
-def test_a_stack_of_an_image_split_over_threads_has_the_bits_of_one_thread():
-    x, *weights = stack(7, 40, 9, 20, 2)
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 48)])
+def test_a_stack_of_an_image_split_over_threads_has_the_bits_of_one_thread(dtype, channels):
+    x, *weights = stack(7, channels, 9, 20, 2, dtype=dtype)
     found = []
     for count in (1, 2, 3, 5):
         with threads(count):
@@ -126,18 +127,20 @@ def test_weights_that_lie_as_the_kernels_read_them_give_the_same_bits():
     assert torch.equal(stats.sums, others.sums)
 
 
+@pytest.mark.parametrize("channels", [33, 48])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_image_gives_the_same_bits_whatever_stands_beside_it_and_however_it_lies(dtype):
-    x, *weights = stack(5, 33, 7, 10, 2, dtype=dtype)
+def test_an_image_gives_the_same_bits_whatever_stands_beside_it(dtype, channels):
+    x, *weights = stack(5, channels, 7, 10, 2, dtype=dtype)
     y, _ = conv_stack(x, *weights)
     assert torch.equal(conv_stack(x[3:4], *weights)[0], y[3:4])
     lying = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(conv_stack(lying, *weights)[0], y)
 
 
-def test_nan_and_infinity_go_where_torch_lets_them_go():
-    x, *weights = stack(2, 5, 4, 6, 2)
-    x[0, 1, 2, 3], x[1, 4, 0, 0] = math.nan, math.inf
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 5), (torch.bfloat16, 16)])
+def test_nan_and_infinity_go_where_torch_lets_them_go(dtype, channels):
+    x, *weights = stack(2, channels, 4, 20, 2, dtype=dtype)
+    x[0, 1, 2, 9], x[1, 4, 0, 0] = math.nan, math.inf
     y, expected = conv_stack(x, *weights)[0], reference(x, *weights)[0]
     assert torch.equal(y.isnan(), expected.isnan())
     assert y[0].isnan().any()

@@ -44,8 +44,9 @@ def test_every_instruction_set_gives_the_same_numbers(isa):
 
 
 @pytest.mark.parametrize("isa", LOWER)
-def test_few_samples_are_right_by_every_instruction_set(isa):
-    run(isa, "-m", "pytest", "-q", "tests/test_mlp_stack_few.py")
+def test_few_samples_and_stages_are_right_by_every_instruction_set(isa):
+    tests = ["tests/test_mlp_stack_few.py", "tests/test_conv_stack_stages.py"]
+    run(isa, "-m", "pytest", "-q", *tests)
 
 
 STACK = """

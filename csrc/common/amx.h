@@ -9,13 +9,14 @@ namespace fastres::FASTRES_ISA {
 #if defined(FASTRES_AMX) && defined(__AVX512F__)
 #define FASTRES_PAIRS
 
-// While one lives the thread has registers 0 to 3, of 16 rows of 64 bytes. Four of the eight: where
-// another thread shares the core there are few to rename them to, and a multiply-add of a product
-// that uses all eight takes 32 ns, with four 15 ns, in spite of half as many loads again.
+// While one lives the thread has registers 0 to 3, of 16 rows of 64 bytes, and for half a product 4
+// and 5, of 16 rows of 32 bytes and of 8 rows of 64. At a time four of the eight: where another
+// thread shares the core there are few to rename them to, and a multiply-add of a product that uses
+// all eight takes 32 ns, with four 15 ns, in spite of half as many loads again.
 class AmxTiles {
  public:
   AmxTiles() {
-    static constexpr Shape kShape = {1, 0, {}, {64, 64, 64, 64}, {16, 16, 16, 16}};
+    static constexpr Shape kShape = {1, 0, {}, {64, 64, 64, 64, 32, 64}, {16, 16, 16, 16, 16, 8}};
     asm volatile("ldtilecfg %0" : : "m"(kShape));
   }
   ~AmxTiles() { asm volatile("tilerelease" : : : "memory"); }
@@ -42,7 +43,8 @@ template <int kTile, class E> FASTRES_HD void store_amx(E* to, int64_t stride) {
                : "r"(to), "r"(stride * sizeof(E)), "i"(kTile)
                : "memory");
 }
-// kSum [16, 16] += kA [16, 32] kB [32, 16], whose rows stand in pairs: [16, 16, 2].
+// kSum [16, 16] += kA [16, 32] kB [32, 16], whose rows stand in pairs: [16, 16, 2]; or with 16 for
+// 32.
 template <int kSum, int kA, int kB> FASTRES_HD void multiply_add_amx() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
 }

@@ -9,14 +9,25 @@ namespace fastres::FASTRES_ISA {
 #if defined(FASTRES_PAIRS)
 constexpr int64_t kPaired = 32;  // elements of a row that a register takes at a time
 
-// to [16, 2]: the lanes of two tiles, pair by pair.
-FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float>& b) {
+// to [16, 2] <- the first 16 and the last 16 elements, pair by pair.
+FASTRES_HD void store_in_pairs(BFloat16* to, __m512i both) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
+// to [16, 2]: the lanes of two tiles, pair by pair.
+FASTRES_HD void store_pairs(BFloat16* to, const Tile<float>& a, const Tile<float>& b) {
   __m512i both;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(a.v[0]), "v"(b.v[0]));
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+  store_in_pairs(to, both);
+}
+// to [16, 2] <- 16 elements of each of two rows, pair by pair.
+FASTRES_HD void pair_rows(const BFloat16* a, const BFloat16* b, BFloat16* to) {
+  const auto load = [](const BFloat16* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  };
+  store_in_pairs(to, _mm512_inserti64x4(_mm512_castsi256_si512(load(a)), load(b), 1));
 }
 // to [16]: the lanes of a tile, likewise.
 FASTRES_HD void store_rounded(BFloat16* to, const Tile<float>& a) {

@@ -20,10 +20,19 @@ inline int64_t image_size(const Shape& s) {
   return planes_of(s) * (s.height + 2) * (s.width + 2) * kPlaneChannels;
 }
 
-// Rows of pixels of `images`, of two planes each. Each row has its three partial sums, whoever does
-// it, and so the same bits.
+// Whether tile registers take the products (cpu_pairs.h).
+inline bool in_pairs(const Shape& s) {
+  return isa() == Isa::kAmx && s.dtype == Dtype::kBFloat16 && s.channels % kPlaneChannels == 0;
+}
+
+// Planes that are written at a time: two share what is read for them, and in pairs, where a product
+// is of 16 pixels twice, these share the weights.
+inline int64_t planes_of_task(const Shape& s) { return in_pairs(s) ? 1 : 2; }
+
+// Rows of pixels of `images`, of the planes of a task each. Each row has its three partial sums,
+// whoever does it, and so the same bits.
 inline int64_t rows_of(const Shape& s, int64_t images) {
-  return ceil_div(planes_of(s), 2) * images * s.height;
+  return ceil_div(planes_of(s), planes_of_task(s)) * images * s.height;
 }
 
 // Rows of an image that are one task where `members` share `images`: 64 pixels, for which the
@@ -35,7 +44,8 @@ inline int64_t rows_of_task(const Shape& s, int64_t images, int64_t members) {
   return rows < 1 ? 1 : rows;
 }
 
-// Bytes that `images` need at a time: stream, inner activations, partial sums.
+// Bytes that `images` need at a time: stream, inner activations, partial sums; in pairs both of the
+// former in half the bytes, beside the stream.
 inline int64_t buffer_bytes(const Shape& s, int64_t images) {
   return images * 2 * image_size(s) * accumulate_size_of(s.dtype) + rows_of(s, images) * 3 * 8;
 }

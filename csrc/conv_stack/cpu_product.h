@@ -5,7 +5,6 @@
 
 #include "../common/tile_product.h"
 #include "../common/tile_rows.h"
-#include "cpu.h"
 
 namespace fastres::conv_stack::FASTRES_ISA {
 
