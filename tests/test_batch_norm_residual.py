@@ -8,9 +8,11 @@ import torch
 from contract import DTYPES, OpContract, Sample, largest_error
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.ops import Stats, native
 from fastres.ops.batch_norm_residual import batch_norm_residual, reference
+from fastres.ops.batch_norm_residual_inner import batch_norm_inner
 from fastres.ops.layout import accumulate, per_sample
 from fastres.ops.stats import sums_of
 
@@ -210,6 +212,27 @@ def test_buffers_and_weights_in_another_dtype_are_taken(device, dtype):
     assert (y.dtype, small[0].dtype) == (torch.float32, dtype)
     torch.testing.assert_close(y, x + F.batch_norm(f, None, None, *(t.float() for t in small[2:]),
                                                    True))  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_and_weights_of_the_dtype_of_the_images_are_not_cast(device, dtype):
+    class Every(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, f, weight, bias = images(4, 19, 5, 5, dtype=dtype, device=device)
+    small, seen = [t.to(dtype) for t in (*running(f, True), weight, bias)], []
+    with Every():
+        y, stats = batch_norm_residual(x, f, *small, relu=True)
+        inner = batch_norm_inner(f, *small, True)
+    assert seen == [torch.ops.fastres._batch_norm_residual.default] * 2
+    wide = [t.to(accumulate(dtype)) for t in small]
+    expected, of_wide = batch_norm_residual(x, f, *wide, relu=True)
+    assert torch.equal(y, expected)
+    assert torch.equal(stats.sums, of_wide.sums)
+    assert torch.equal(inner, batch_norm_inner(f, *wide, True))
 
 
 def test_dtypes_promote_as_in_add(device):

@@ -125,17 +125,17 @@ template <class Body> void visit(Dtype dtype, const Shape& shape, const Body& bo
   });
 }
 
-template <class A> double at(const void* values, int64_t c, double otherwise) {
-  return values ? static_cast<double>(static_cast<const A*>(values)[c]) : otherwise;
+template <class T> double at(const void* values, int64_t c, double otherwise) {
+  return values ? number_of(static_cast<const T*>(values)[c]) : otherwise;
 }
 
-// What rounding took of the mean goes to the bias.
-template <class A, class Any> void fill_norm(const Any& a, A* table, int64_t c) {
+// From weight, bias and statistics of type T. What rounding took of the mean goes to the bias.
+template <class T, class Any, class A> void fill_norm(const Any& a, A* table, int64_t c) {
   const int64_t stride = padded(a.shape.channels);
-  const double scale = at<A>(a.weight, c, 1) / std::sqrt(at<A>(a.var, c, 1) + a.eps);
-  table[kMean * stride + c] = static_cast<const A*>(a.mean)[c];
+  const double scale = at<T>(a.weight, c, 1) / std::sqrt(at<T>(a.var, c, 1) + a.eps);
+  table[kMean * stride + c] = static_cast<A>(at<T>(a.mean, c, 0));
   table[kScale * stride + c] = static_cast<A>(scale);
-  table[kBias * stride + c] = static_cast<A>(at<A>(a.bias, c, 0) - scale * at<A>(a.lost, c, 0));
+  table[kBias * stride + c] = static_cast<A>(at<T>(a.bias, c, 0) - scale * at<A>(a.lost, c, 0));
 }
 
 // The sums of all slots, [2, padded].
@@ -172,7 +172,8 @@ void moments(const Args& a, const void* table, double* slots, int64_t begin, int
 
 void fill_table(const Args& a, const double* slots, void* table) {
   visit_stored(a.dtype, [&](auto t) {
-    using A = typename Stored<decltype(t)>::A;
+    using T = decltype(t);
+    using A = typename Stored<T>::A;
     A* values = static_cast<A*>(table);
     const int64_t stride = padded(a.shape.channels);
     const double count = a.shape.count();
@@ -183,7 +184,8 @@ void fill_table(const Args& a, const double* slots, void* table) {
         const double var = total[stride + c] / count - moved * moved;
         keep_moments<A>(a, c, mean, var);
       }
-      fill_norm(a, values, c);
+      if (a.narrow) fill_norm<T>(a, values, c);
+      else fill_norm<A>(a, values, c);
     }
   });
 }
@@ -220,8 +222,8 @@ void join_forward(const Args& a, const Sums<double>* partial) {
 
 void begin_table(const BackwardArgs& a, void* table) {
   visit_stored(a.dtype, [&](auto t) {
-    for (int64_t c = 0; c < a.shape.channels; ++c)
-      fill_norm(a, static_cast<typename Stored<decltype(t)>::A*>(table), c);
+    using A = typename Stored<decltype(t)>::A;
+    for (int64_t c = 0; c < a.shape.channels; ++c) fill_norm<A>(a, static_cast<A*>(table), c);
   });
 }
 

@@ -153,14 +153,14 @@ __device__ __forceinline__ double join_splits(const Any& a, const Plan& plan, co
   return total;
 }
 
-// What rounding took of the mean goes to the bias.
-template <class A, class Any>
+// From weight, bias and statistics of type T. What rounding took of the mean goes to the bias.
+template <class T, class Any, class A>
 __device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c) {
-  const double var = static_cast<const A*>(a.var)[c];
-  table[kMean * a.shape.channels + c] = static_cast<const A*>(a.mean)[c];
-  const double scale = number<A>(a.weight, c, 1) / sqrt(var + a.eps);
+  const auto number_or = [&](const void* p, A otherwise) { return p ? read<T>(p, c) : otherwise; };
+  const double var = read<T>(a.var, c), scale = number_or(a.weight, 1) / sqrt(var + a.eps);
+  table[kMean * a.shape.channels + c] = read<T>(a.mean, c);
   table[kScale * a.shape.channels + c] = scale;
-  table[kBias * a.shape.channels + c] = number<A>(a.bias, c, 0) - scale * number<A>(a.lost, c, 0);
+  table[kBias * a.shape.channels + c] = number_or(a.bias, 0) - scale * number<A>(a.lost, c, 0);
 }
 
 template <class T>
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads)
       const double moved = join_splits(a, plan, sums, 0, c) / count, mean = moments.pivot + moved;
       keep_moments<A>(a, c, mean, join_splits(a, plan, sums, 1, c) / count - moved * moved);
     }
-    fill_norm(a, table, c);
+    if (a.narrow) fill_norm<T>(a, table, c);
+    else fill_norm<A>(a, table, c);
   }
 }
 
@@ -184,7 +185,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads) fill_kernel(BackwardArgs a, A* table) {
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < a.shape.channels;
        c += int64_t(gridDim.x) * kThreads)
-    fill_norm(a, table, c);
+    fill_norm<A>(a, table, c);
 }
 
 template <class A>

@@ -33,13 +33,13 @@ struct Shape {
 struct Args {
   const void* x;       // [rows, cols]; null: 0, and there are no sums
   const void* f;       // [rows, cols]
-  const void* weight;  // [C], accumulate type; null: 1
-  const void* bias;    // [C], accumulate type; null: 0
+  const void* weight;  // [C], accumulate type, or dtype where `narrow`; null: 1
+  const void* bias;    // [C], likewise; null: 0
   const void* gate;    // [rows] with stride gate_stride, accumulate type; null: 1
   void* y;             // [rows, cols]
   void* sums;          // [3, rows], accumulate type
-  void* mean;          // [C], accumulate type; of the batch in training, else given
-  void* var;           // [C], accumulate type; biased; of the batch in training, else given
+  void* mean;          // [C], as weight; of the batch in training, else given
+  void* var;           // [C], as weight; biased; of the batch in training, else given
   void* lost;          // [C], accumulate type; what rounding took of mean; likewise, null: 0
   void* running_mean;  // [C], accumulate type; moved in training; null: not wanted
   void* running_var;   // [C], likewise, by the unbiased variance
@@ -49,13 +49,14 @@ struct Args {
   double eps, momentum;  // momentum: how far the running statistics move
   Dtype dtype;           // of x, f, y; the accumulate type is float64 for float64, else float32
   bool relu, training;
+  bool narrow;              // not in training
   void* scratch = nullptr;  // scratch_bytes(args)
 };
 
 struct BackwardArgs {
   const void* gy;      // [rows, cols]
   const void* f;       // [rows, cols]
-  const void* weight;  // as in Args, down to gate
+  const void* weight;  // [C], accumulate type; as in Args, down to gate
   const void* bias;
   const void* gate;
   const void* mean;     // [C]

@@ -90,8 +90,10 @@ OptionalTensor dense(const OptionalTensor& t) {
   return t && !t->is_contiguous() ? contiguous(t) : t;
 }
 
-void check_channels(const char* argument, const OptionalTensor& t, const Tensor& f) {
-  if (t) check_small(kName, argument, *t, {f.size(1)}, accumulate_type(dtype_of(kName, "f", f)), f);
+void check_channels(const char* argument, const OptionalTensor& t, const Tensor& f,
+                    bool narrow = false) {
+  const ScalarType wide = accumulate_type(dtype_of(kName, "f", f));
+  if (t) check_small(kName, argument, *t, {f.size(1)}, narrow ? f.scalar_type() : wide, f);
 }
 
 int64_t gate_stride(const OptionalTensor& gate, const Tensor& f) {
@@ -107,7 +109,8 @@ void* moved(const char* argument, const OptionalTensor& t, const Tensor& f) {
   return t ? t->mutable_data_ptr() : nullptr;
 }
 
-// y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
+// weight, bias, mean and var are of the accumulate type, or all of that of f where statistics are
+// given. y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
 // wanted. The running statistics move in training, and are not read otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& x, const Tensor& f, const OptionalTensor& weight,
@@ -122,10 +125,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                   ": running_mean and running_var must be given both or none");
   const OptionalTensor weights = dense(weight), biases = dense(bias);
   const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
-  check_channels("weight", weights, f);
-  check_channels("bias", biases, f);
-  check_channels("mean", means, f);
-  check_channels("var", vars, f);
+  const bool narrow = mean && mean->scalar_type() == f.scalar_type();
+  check_channels("weight", weights, f, narrow);
+  check_channels("bias", biases, f, narrow);
+  check_channels("mean", means, f, narrow);
+  check_channels("var", vars, f, narrow);
   check_channels("lost", losts, f);
   const bool training = !mean;
   Tensor y = on_large_pages(output_of(x ? *x : f, f));
@@ -158,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
               momentum,
               dtype,
               relu,
-              training},
+              training,
+              narrow},
          f);
   return {y, sums, batch_mean, batch_var, batch_lost, mask};
 }
@@ -249,7 +254,8 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
                   0,
                   dtype,
                   relu,
-                  !of_mean};
+                  !of_mean,
+                  false};
   {
     const py::gil_scoped_release released;
     launch(args);

@@ -236,6 +236,20 @@ template <> struct Stored<Float16> {
 #endif
 };
 
+// One element in the accumulate type.
+template <class T> FASTRES_HD T number_of(T v) { return v; }
+FASTRES_HD float number_of(BFloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+FASTRES_HD float number_of(Float16 v) {
+  _Float16 half;
+  std::memcpy(&half, &v.bits, sizeof half);
+  return static_cast<float>(half);
+}
+
 // The first n of 16 elements, the other lanes 0. With n = kLanes a constant the choice is free.
 template <class T> FASTRES_HD auto load(const T* p, int64_t n) {
   if (n == kLanes) return Stored<T>::load(p);

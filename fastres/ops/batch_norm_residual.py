@@ -86,16 +86,36 @@ def batch_norm_residual(
     }
     if has_torch_function_variadic(x, f):  # a policy watches
         return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
-    try:
-        plain = not training and gate is None and running_mean is not None and eps >= 0
-        if plain and _is_plain(x, f, weight, bias, relu):
-            small = (weight, bias, running_mean, running_var, None)
-            y, sums, *_ = FORWARD(x, f, *small, eps, relu, False)
-            return y, Stats(sums)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-        pass  # what the kernel refused is cast below, or named
+    if not training and gate is None:
+        found = infer(x, f, running_mean, running_var, weight, bias, relu, eps)
+        if found is not None:
+            return found[0], Stats(found[1])
     _check(*given, **options)
     return run(None, *given, **options)
+
+
+def infer(
+    x: Tensor | None,
+    f: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Compute y and sums by the raw kernel alone, given the statistics; None where it refuses.
+
+    Of a small image the checks take longer than the kernel.
+    """
+    try:
+        if running_mean is None or not eps >= 0 or not _is_plain(x, f, weight, bias, relu):
+            return None
+        small = (weight, bias, running_mean, running_var, None)
+        y, sums, *_ = FORWARD(x, f, *small, eps, relu, False)
+        return y, sums
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        return None
 
 
 def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor, Stats]:
@@ -192,14 +212,14 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
-def _is_plain(x: Tensor, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
-    """Tell whether the raw kernel may run alone: nothing to cast, no derivative wanted."""
+def _is_plain(x: Tensor | None, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
+    """Tell whether the raw kernel may run alone: no derivative wanted, and x and f alike."""
     return (
         FORWARD is not None
         and isinstance(relu, bool)
-        and x.dtype is f.dtype
-        and native.runs_on(x)
-        and not x.is_meta
+        and (x is None or x.dtype is f.dtype)
+        and native.runs_on(f)
+        and not f.is_meta
         and not _is_composed()
         and not torch.compiler.is_compiling()
         and is_underived(x, f, weight, bias)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastres.ops.batch_norm_residual import check_count, run
+from fastres.ops.batch_norm_residual import check_count, infer, run
 
 
 def batch_norm_inner(
@@ -44,4 +44,6 @@ def batch_norm_inner(
         return handle_torch_function(batch_norm_inner, (f,), *given, **options)
     if options.get("training"):
         check_count("f", f)
+    elif (found := infer(None, *given, options.get("eps", 1e-5))) is not None:
+        return found[0]
     return run(None, None, *given[:5], None, relu, **options)[0]

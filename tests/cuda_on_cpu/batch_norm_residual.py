@@ -52,7 +52,7 @@ class Args(ctypes.Structure):
 
     _fields_ = fields(
         "x f weight bias gate y sums mean var lost running_mean running_var mask",
-        *("eps momentum", "relu training"),
+        *("eps momentum", "relu training narrow"),
     )
 
 
@@ -83,12 +83,16 @@ class Runner(ResidualAddRunner):
         lost = np.full_like(mean, np.nan if case.training else 0)
         running = given.mean.copy(), given.var.copy()  # they move in training
         mask = np.full((*x.shape[:2], (x.shape[2] + 7) // 8), 0xAA, np.uint8)
+        weight, bias, of_mean, of_var = (
+            element.narrow(t) if case.is_narrow and t is not None else t
+            for t in (given.weight, given.bias, mean, var)
+        )
         self.call(self.library.forward, Args(
             address(x) if case.skip else None,
-            *map(address, (f, given.weight, given.bias, given.gate, y, sums, mean, var, lost)),
+            *map(address, (f, weight, bias, given.gate, y, sums, of_mean, of_var, lost)),
             *map(address, running), address(mask) if case.relu else None, case.gate == "rows",
             shape_of(case), EPS, MOMENTUM, case.index, case.relu, case.training,
-            None))  # fmt: skip
+            case.is_narrow, None))  # fmt: skip
         want = laid_out(case, exact["y"])
         got = element.widen(y).astype(np.float64)
         size = np.abs(laid_out(case, exact["p"])) + np.abs(element.widen(x)) + 1

@@ -31,6 +31,12 @@ class Case:
     training: bool
     wants_affine: bool
     wants_gate: bool
+    narrow: bool
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weight, bias and statistics are of the dtype of x, not of the wide one."""
+        return self.narrow and not self.training
 
 
 def cases(seed: int = 0) -> Iterator[Case]:
@@ -40,7 +46,7 @@ def cases(seed: int = 0) -> Iterator[Case]:
         for rows, channels, places in SHAPES:
             for pixels in (False, True):
                 gate = rng.choice(["none", "scalar", "rows"])
-                flags = (bool(flag) for flag in rng.random(6) < 0.5)
+                flags = (bool(flag) for flag in rng.random(7) < 0.5)
                 yield Case(index, rows, channels, places, pixels, str(gate), *flags)
 
 
@@ -74,6 +80,10 @@ def inputs_of(case: Case) -> Inputs:
     ):  # far from 0, where rounding takes much of the mean
         f = f / 64 + wide(50)
     weight, bias, mean, var = (rng.random(case.channels).astype(wide) + 0.5 for _ in range(4))
+    if case.is_narrow:
+        weight, bias, mean, var = (
+            element.widen(element.narrow(t)) for t in (weight, bias, mean, var)
+        )
     gates = {"none": None, "scalar": rng.standard_normal(1), "rows": rng.standard_normal(case.rows)}
     gate = gates[case.gate]
     given = (weight, bias) if case.affine else (None, None)
