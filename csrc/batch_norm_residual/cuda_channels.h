@@ -153,14 +153,15 @@ __device__ __forceinline__ double join_splits(const Any& a, const Plan& plan, co
   return total;
 }
 
-// From weight, bias and statistics of type T. What rounding took of the mean goes to the bias.
-template <class T, class Any, class A>
-__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c) {
-  const auto number_or = [&](const void* p, A otherwise) { return p ? read<T>(p, c) : otherwise; };
-  const double var = read<T>(a.var, c), scale = number_or(a.weight, 1) / sqrt(var + a.eps);
-  table[kMean * a.shape.channels + c] = read<T>(a.mean, c);
+// given(p): the channel's number there. What rounding took of the mean goes to the bias.
+template <class A, class Any, class Given>
+__device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c, const Given& given) {
+  const double root = sqrt(given(a.var) + a.eps);
+  const double scale = (a.weight ? given(a.weight) : 1) / root;
+  const double bias = a.bias ? given(a.bias) : 0;
+  table[kMean * a.shape.channels + c] = given(a.mean);
   table[kScale * a.shape.channels + c] = scale;
-  table[kBias * a.shape.channels + c] = number_or(a.bias, 0) - scale * number<A>(a.lost, c, 0);
+  table[kBias * a.shape.channels + c] = bias - scale * number<A>(a.lost, c, 0);
 }
 
 template <class T>
@@ -176,8 +177,7 @@ __global__ void __launch_bounds__(kThreads)
       const double moved = join_splits(a, plan, sums, 0, c) / count, mean = moments.pivot + moved;
       keep_moments<A>(a, c, mean, join_splits(a, plan, sums, 1, c) / count - moved * moved);
     }
-    if (a.narrow) fill_norm<T>(a, table, c);
-    else fill_norm<A>(a, table, c);
+    fill_norm(a, table, c, [&](const void* p) { return a.narrow ? read<T>(p, c) : read<A>(p, c); });
   }
 }
 
@@ -185,7 +185,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads) fill_kernel(BackwardArgs a, A* table) {
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < a.shape.channels;
        c += int64_t(gridDim.x) * kThreads)
-    fill_norm<A>(a, table, c);
+    fill_norm(a, table, c, [&](const void* p) { return read<A>(p, c); });
 }
 
 template <class A>
