@@ -85,14 +85,15 @@ def _memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> Call:
 def gemm(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) -> float:
     """Return the floating-point operations per second of the best of a few large products.
 
-    float32 is without TF32 on a GPU.
+    float32 is without TF32 on a GPU. On a CPU, which others may use too, it takes half a second.
     """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
-    seconds = []
-    for _ in range(repeats):
-        if device.type == "cuda":
+    seconds: list[float] = []
+    gpu = device.type == "cuda"
+    while len(seconds) < repeats or (not gpu and size > 64 and sum(seconds) < 0.5):
+        if gpu:
             seconds.append(EventClock().elapsed(lambda: torch.mm(a, b, out=out), 3) / 3)
         else:
             began = time.perf_counter()
