@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastres.ops import native
 
@@ -36,7 +37,7 @@ def run(script, **env):
     """Run a script in a process of its own; return the lines it prints."""
     done = subprocess.run(
         [sys.executable, "-c", LIMIT + script],
-        env={**os.environ, **env},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", **env},
         capture_output=True,
         text=True,
     )
@@ -45,15 +46,20 @@ def run(script, **env):
 
 
 def test_an_output_that_does_not_fit_raises_what_torch_does():
-    ours, torchs = run("""
+    ours, strided, torchs = run("""
 x = torch.ones(8, 1 << 20)
 fastres.residual_add(x[:1], x[:1])
+w = torch.ones(1, 2, 2)
 resource.setrlimit(resource.RLIMIT_AS, (used() + (16 << 20), most))
 print(error(lambda: fastres.residual_add(x, x)))
+print(error(lambda: fastres.mlp_stack(x.view(2, -1).t(), w, w[..., 0], w.mT, w[:, 0])))
 print(error(lambda: x + x))
 """)
-    assert "can't allocate memory: you tried to allocate 33554432 bytes" in ours
-    assert ours == torchs
+    assert "can't allocate memory: you tried to allocate 33554432 bytes" in torchs
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):  # from then on it tells
+        assert ours == strided == torchs
+    else:
+        assert "out of memory" in ours
 
 
 # Two threads share a tile, and each widens weights to 16 MiB of its own: with a little less than
@@ -73,14 +79,17 @@ def same():
     for a, b in zip(call(), first):
         assert torch.equal(a, b)
 
-for mib in range(0, 160, 2):
+for mib in range(0, 80, 2):
     resource.setrlimit(resource.RLIMIT_AS, (before + (mib << 20), most))
-    print(error(same))
+    for _ in range(6):
+        print(error(same))
 """
 
 
 def test_a_team_of_threads_raises_until_there_is_enough():
-    said = run(TEAM, FASTRES_ISA="avx512")  # AMX widens nothing
+    # AMX widens nothing; threads that do not sleep come in time to take part.
+    said = run(TEAM, FASTRES_ISA="avx512", OMP_WAIT_POLICY="active")
     assert "MemoryError: std::bad_alloc" in said
-    assert all(re.fullmatch("None|MemoryError: .*bad_alloc|.*can't allocate .*", s) for s in said)
+    known = "None|MemoryError: .*bad_alloc|.*can't allocate .*|.*out of memory"
+    assert all(re.fullmatch(known, line) for line in said)
     assert said[-20:] == ["None"] * 20

@@ -22,12 +22,11 @@ template <class Condition> void wait_until(const Condition& condition) {
 // One thread's part in a team.
 class Member {
  public:
-  // wanted: how many are expected.
+  const int wanted;  // how many are expected
   Member(Team& team, int wanted) : wanted(wanted), team_(team) {}
-  const int wanted;
-  // Whether this thread takes part. From here on others wait for it, so that it must not fail: it
-  // has taken its memory before.
-  bool joins() {
+  // Takes part, if it comes before the others begin; before, nothing below is known. From here on
+  // others wait for this thread, so that it must not fail: it has taken its memory before.
+  bool join() {
     index_ = team_.joined.fetch_add(1);
     if (index_ == 0) {
       // 10,000 looks, some 0.3 ms: a thread that sleeps has come by then, if it comes at all.

@@ -95,8 +95,14 @@ inline OptionalTensor in_layout(const OptionalTensor& t, const Tensor& like) {
   return t ? OptionalTensor(in_layout(*t, like)) : t;
 }
 
+// t itself where it is contiguous, else a copy.
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  Tensor copy = uninitialized_contiguous(t);
+  return torch::stable::copy_(copy, t);
+}
 inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+  return t ? OptionalTensor(as_contiguous(*t)) : t;
 }
 
 inline const void* data_or_null(const OptionalTensor& t) {

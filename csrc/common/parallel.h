@@ -1,5 +1,5 @@
-// parallel: a range over torch's threads. What a thread throws reaches the caller as it was thrown,
-// which torch alone makes an error without its cause.
+// parallel: a range over torch's threads. What a thread throws reaches the caller as it was thrown;
+// torch alone would report that something failed, not what.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 

@@ -18,11 +18,11 @@ struct StackInputs {
   StackInputs(const char* op, const Tensor& x_given, const Tensor& w1_given, const Tensor& b1_given,
               const Tensor& w2_given, const Tensor& b2_given, const OptionalTensor& gate_given,
               int64_t blocks, int64_t activation)
-      : x(torch::stable::contiguous(x_given)),
-        w1(torch::stable::contiguous(w1_given)),
-        b1(torch::stable::contiguous(b1_given)),
-        w2(torch::stable::contiguous(w2_given)),
-        b2(torch::stable::contiguous(b2_given)),
+      : x(as_contiguous(x_given)),
+        w1(as_contiguous(w1_given)),
+        b1(as_contiguous(b1_given)),
+        w2(as_contiguous(w2_given)),
+        b2(as_contiguous(b2_given)),
         gate(gate_given),
         blocks(blocks),
         activation(static_cast<Activation>(activation)) {

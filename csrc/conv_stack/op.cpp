@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, cons
   STD_TORCH_CHECK(x_given.size(1) > 0 && x_given.size(2) > 0 && x_given.size(3) > 0, kName,
                   ": x must have sizes C, H, W >= 1");
   const bool channels_last = !x_given.is_contiguous() && is_channels_last(x_given);
-  const Tensor x = channels_last ? x_given : torch::stable::contiguous(x_given);
+  const Tensor x = channels_last ? x_given : as_contiguous(x_given);
   const Dtype dtype = dtype_of(kName, "x", x);
   const ScalarType type = x.scalar_type(), wide = accumulate_type(dtype);
   const int64_t blocks = w1.size(0), batch = x.size(0), channels = x.size(1);
@@ -88,8 +88,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, cons
   check_small(kName, "b1", b1, {blocks, channels}, type, x);
   check_small(kName, "b2", b2, {blocks, channels}, type, x);
   if (gate) check_small(kName, "gate", *gate, {blocks, batch}, wide, x);
-  const Tensor weights[4] = {packed(w1), torch::stable::contiguous(b1), packed(w2),
-                             torch::stable::contiguous(b2)};
+  const Tensor weights[4] = {packed(w1), as_contiguous(b1), packed(w2), as_contiguous(b2)};
   Tensor y = uninitialized_like(x);
   Tensor sums = stats ? uninitialized(x, {blocks, 3, batch}, wide) : uninitialized(x, {0}, wide);
   const Shape s{batch, channels, x.size(2), x.size(3), blocks, dtype, channels_last, tf32};

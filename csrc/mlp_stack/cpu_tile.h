@@ -114,7 +114,7 @@ void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begi
       body(block, chunk);
     meet();
   };
-  if (member && !member->joins()) return;
+  if (member && !member->join()) return;
   if (!member || member->first()) begin();
   meet();
   for (int64_t block = 0; block < blocks; ++block) {

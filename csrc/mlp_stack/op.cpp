@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(every >= 1 && states.dim() == 3 && states.size(0) == ceil_div(blocks, every),
                   kName, ": states must have one state for every ", every, " blocks");
   const OptionalTensor given = contiguous(gstates);
-  const Tensor kept = torch::stable::contiguous(states);
+  const Tensor kept = as_contiguous(states);
 
   Tensor g = uninitialized(gy, {s.batch, s.width}, in.wide);  // becomes gx
   torch::stable::copy_(g, in.x);

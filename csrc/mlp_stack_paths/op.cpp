@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paths(
                   ", got ", longest);
   const Shape s{in.batch, in.width, in.hidden, blocks, longest, in.dtype, in.activation, in.shared};
   const ScalarType type = x.scalar_type();
-  const Tensor g = torch::stable::contiguous(cotangent);
+  const Tensor g = as_contiguous(cotangent);
   const auto measures = [&](int64_t rows) {
     return uninitialized(x, {rows, s.batch}, ScalarType::Double);
   };
