@@ -249,7 +249,8 @@ def test_conv_stack_is_no_less_exact_than_twice_eager(device, data):
     exact, sums = conv_reference(*(t.double() for t in given_args), wide)
     unit = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
     assert largest_error([y], [exact]) <= 2 * max(largest_error([usual], [exact]), 4 * unit)
-    least = 1e-12 if dtype == torch.float64 else 2e-5
+    # A GPU, and AMX, round what products read to two-byte types.
+    least = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, unit)
     assert largest_error([stats.sums], [sums.sums]) <= least
     places = [
         (own, other)

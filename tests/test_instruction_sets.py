@@ -53,11 +53,15 @@ STACK = """
 import sys, time, torch, fastres
 torch.set_num_threads(1)
 x, w, b = torch.randn(64, 64), torch.randn(100, 64, 64) / 30, torch.zeros(100, 64)
+op = fastres.mlp_stack
+if "conv" in sys.argv:
+    x, w, b = torch.randn(4, 64, 8, 8), torch.randn(9, 64, 64, 3, 3) / 90, torch.zeros(9, 64)
+    op = fastres.conv_stack
 if "bfloat16" in sys.argv:
     x, w, b = x.bfloat16(), w.bfloat16(), b.bfloat16()
 def seconds():
     start = time.perf_counter()
-    fastres.mlp_stack(x, w, b, w, b)
+    op(x, w, b, w, b)
     return time.perf_counter() - start
 print(min(seconds() for _ in range(50)))
 """
@@ -70,6 +74,7 @@ def test_registers_half_as_wide_take_no_more_than_four_times_as_long():
 
 
 @pytest.mark.skipif(WIDEST != "amx", reason="a CPU without AMX")
-def test_tile_registers_are_faster_than_widening_bfloat16():
-    amx, avx512 = (float(run(isa, "-c", STACK, "bfloat16")) for isa in ("amx", "avx512"))
+@pytest.mark.parametrize("op", ["mlp", "conv"])
+def test_tile_registers_are_faster_than_widening_bfloat16(op):
+    amx, avx512 = (float(run(isa, "-c", STACK, "bfloat16", op)) for isa in ("amx", "avx512"))
     assert amx < 0.7 * avx512, (amx, avx512)  # 0.3 is what it comes to

@@ -109,9 +109,9 @@ void* moved(const char* argument, const OptionalTensor& t, const Tensor& f) {
   return t ? t->mutable_data_ptr() : nullptr;
 }
 
-// weight, bias, mean and var are of the accumulate type, or all of that of f where statistics are
-// given. y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
-// wanted. The running statistics move in training, and are not read otherwise.
+// y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
+// wanted. weight, bias, mean and var are of the accumulate type, or where statistics are given all
+// of that of f. The running statistics move in training, and are not read otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& x, const Tensor& f, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,

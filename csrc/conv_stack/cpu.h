@@ -25,8 +25,8 @@ inline bool in_pairs(const Shape& s) {
   return isa() == Isa::kAmx && s.dtype == Dtype::kBFloat16 && s.channels % kPlaneChannels == 0;
 }
 
-// Planes that are written at a time: two share what is read for them, and in pairs, where a product
-// is of 16 pixels twice, these share the weights.
+// Planes that are written at a time: two share what is read for them. Tile registers take one, for
+// which two times 16 pixels share the weights.
 inline int64_t planes_of_task(const Shape& s) { return in_pairs(s) ? 1 : 2; }
 
 // Rows of pixels of `images`, of the planes of a task each. Each row has its three partial sums,
@@ -44,8 +44,8 @@ inline int64_t rows_of_task(const Shape& s, int64_t images, int64_t members) {
   return rows < 1 ? 1 : rows;
 }
 
-// Bytes that `images` need at a time: stream, inner activations, partial sums; in pairs both of the
-// former in half the bytes, beside the stream.
+// Bytes that `images` need at a time: stream, inner activations, partial sums; in pairs the stream,
+// and rounded copies of it and of the inner activations, as many bytes in all.
 inline int64_t buffer_bytes(const Shape& s, int64_t images) {
   return images * 2 * image_size(s) * accumulate_size_of(s.dtype) + rows_of(s, images) * 3 * 8;
 }

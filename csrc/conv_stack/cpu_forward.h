@@ -18,33 +18,11 @@ template <class T> class Forward {
         stream_(a, first, images, rows, inner_ + images * image_size(s_)),
         branch_(2 * rows * s_.width * kLanes * sizeof(A)) {}
 
-  void run(Member* member) {
-    stream_.run(
-        member, [&](int64_t image, int64_t row) { clear(image, row); },
-        [&](int64_t block, const Task& task) { inner(block, task); },
-        [&](int64_t block, const Task& task) { join(block, task); });
-  }
+  void run(Member* member) { stream_.run(member, *this); }
 
- private:
-  void clear(int64_t image, int64_t row) const {
+  void load(int64_t image, int64_t row) const {
     for (int64_t plane = 0; plane < planes_of(s_); ++plane)
       std::memset(stream_.row_of(inner_, image, plane, row) - kLanes, 0, stream_.line * sizeof(A));
-  }
-
-  // out [planes][rows][W][16] <- conv(from, w) + b. 16 channels that are read at a time: their
-  // weights stay in the first cache while all rows use them.
-  void convolve(const void* w, const void* b, A* from, int64_t block, const Task& task, A* out,
-                int64_t out_plane, int64_t out_line) const {
-    const int64_t c = s_.channels, first = task.plane * kLanes;
-    for (int64_t plane = 0; plane < planes_of(s_); ++plane) {
-      const int64_t read = plane * kLanes;
-      const Taps<T> taps{in<T>(w, (block * 9 * c + read) * c + first), c,
-                         plane ? nullptr : in<T>(b, block * c + first), least(kLanes, c - read),
-                         least(2 * kLanes, c - first)};
-      const Source<A> source{stream_.row_of(from, task.image, plane, task.row - 1) - kLanes,
-                             stream_.line};
-      convolve_rows(taps, source, task.rows, s_.width, out, out_plane, out_line);
-    }
   }
 
   void inner(int64_t block, const Task& task) const {
@@ -65,6 +43,23 @@ template <class T> class Forward {
     convolve(a_.weights.w2, a_.weights.b2, inner_, block, task, f, plane, line);
     for (int64_t r = 0; r < task.rows; ++r)
       stream_.add_row(block, task, task.row + r, f + r * line, plane);
+  }
+
+ private:
+  // out [planes][rows][W][16] <- conv(from, w) + b. 16 channels that are read at a time: their
+  // weights stay in the first cache while all rows use them.
+  void convolve(const void* w, const void* b, A* from, int64_t block, const Task& task, A* out,
+                int64_t out_plane, int64_t out_line) const {
+    const int64_t c = s_.channels, first = task.plane * kLanes;
+    for (int64_t plane = 0; plane < planes_of(s_); ++plane) {
+      const int64_t read = plane * kLanes;
+      const Taps<T> taps{in<T>(w, (block * 9 * c + read) * c + first), c,
+                         plane ? nullptr : in<T>(b, block * c + first), least(kLanes, c - read),
+                         least(2 * kLanes, c - first)};
+      const Source<A> source{stream_.row_of(from, task.image, plane, task.row - 1) - kLanes,
+                             stream_.line};
+      convolve_rows(taps, source, task.rows, s_.width, out, out_plane, out_line);
+    }
   }
 
   const Args& a_;

@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/member.h"
 #include "../common/sums.h"
+#include "../common/tile_product.h"
 #include "../common/tile_rows.h"
 #include "cpu.h"
 
@@ -43,19 +44,19 @@ template <class T> class Stream {
     return images + image * image_size(s_) + number * plane + (row + 1) * line + kLanes;
   }
 
-  // loaded(image, row) for every row and the two at the border; then for every block inner(block,
-  // task) and join(block, task) for all tasks, and the sums that add_row left.
-  template <class Loaded, class Inner, class Join>
-  void run(Member* member, const Loaded& loaded, const Inner& inner, const Join& join) {
-    if (member && !member->joins()) return;
+  // kernel.load(image, row) for every row and the two at the border; then for every block
+  // kernel.inner(block, task) and kernel.join(block, task) for all tasks, and the sums that add_row
+  // left.
+  template <class Kernel> void run(Member* member, Kernel& kernel) {
+    if (member && !member->join()) return;
     const int64_t lines = s_.height + 2;
     share(member, images_ * lines, [&](int64_t number) {
       load_row(number / lines, number % lines - 1);
-      loaded(number / lines, number % lines - 1);
+      kernel.load(number / lines, number % lines - 1);
     });
     for (int64_t block = 0; block < s_.blocks; ++block) {
-      share(member, tasks_, [&](int64_t number) { inner(block, task(number)); });
-      share(member, tasks_, [&](int64_t number) { join(block, task(number)); });
+      share(member, tasks_, [&](int64_t number) { kernel.inner(block, task(number)); });
+      share(member, tasks_, [&](int64_t number) { kernel.join(block, task(number)); });
       if (a_.sums && (!member || member->first())) store_sums(block);
     }
     share(member, images_ * s_.height,

@@ -36,10 +36,10 @@ def conv_stack(
     a = relu(conv(x, w1[l]) + b1[l]): two convolutions of 3x3, stride 1 and padding 1 (He et al.
     2016, arXiv 1512.03385, figure 2), whose batch norms are folded into weights and biases. The
     activations stay in the caches of a core from the first block to the last; the stream and all
-    sums inside are float32, or float64 for float64. Products of two-byte numbers round what they
-    take to them on a GPU and, of bfloat16, on a CPU with AMX, where C is a multiple of 16;
-    `FASTRES_ISA=avx512` in the environment keeps it in float32. It is made for inference: every
-    derivative is that of the plain composition. Autocast changes nothing.
+    sums inside are float32, or float64 for float64. On a GPU, and for bfloat16 with C a multiple
+    of 16 on a CPU with AMX, what a product reads is rounded to the dtype of x; on a CPU
+    `FASTRES_ISA=avx512` in the environment avoids that. It is made for inference: every derivative
+    is that of the plain composition. Autocast changes nothing.
 
     Args:
         x: Stream, [N, C, H, W], contiguous or channels_last; float64, float32, bfloat16 or float16.
