@@ -82,18 +82,17 @@ def _memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> Call:
     return call
 
 
-def gemm(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 7) -> float:
+def gemm(device: torch.device, dtype: torch.dtype, size: int, least: float) -> float:
     """Return the floating-point operations per second of the best of a few large products.
 
-    float32 is without TF32 on a GPU. On a CPU, which others may use too, it takes half a second.
+    float32 is without TF32 on a GPU. least: seconds of products at least; others may use a CPU too.
     """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
     seconds: list[float] = []
-    gpu = device.type == "cuda"
-    while len(seconds) < repeats or (not gpu and size > 64 and sum(seconds) < 0.5):
-        if gpu:
+    while len(seconds) < 7 or sum(seconds) < least:
+        if device.type == "cuda":
             seconds.append(EventClock().elapsed(lambda: torch.mm(a, b, out=out), 3) / 3)
         else:
             began = time.perf_counter()
@@ -109,7 +108,9 @@ def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
     which it can be widened to.
     """
     sizes = (64,) if smoke else (8192,) if device.type == "cuda" else (256, 512, 1024, 2048)
+    least = 0.0 if smoke or device.type == "cuda" else 0.5
     wide, narrow = (
-        max(gemm(device, kind, size) for size in sizes) for kind in (torch.float32, torch.bfloat16)
+        max(gemm(device, kind, size, least) for size in sizes)
+        for kind in (torch.float32, torch.bfloat16)
     )
     return {"float32": wide, "bfloat16": max(wide, narrow)}

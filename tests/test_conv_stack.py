@@ -129,7 +129,7 @@ def test_weights_that_lie_as_the_kernels_read_them_give_the_same_bits():
 
 @pytest.mark.parametrize("channels", [33, 48])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_image_gives_the_same_bits_whatever_stands_beside_it(dtype, channels):
+def test_an_image_gives_the_same_bits_whatever_is_beside_it_and_however_it_lies(dtype, channels):
     x, *weights = stack(5, channels, 7, 10, 2, dtype=dtype)
     y, _ = conv_stack(x, *weights)
     assert torch.equal(conv_stack(x[3:4], *weights)[0], y[3:4])

@@ -86,10 +86,6 @@ Tensor output_of(const Tensor& x, const Tensor& f) {
                         : uninitialized_contiguous(x);
 }
 
-OptionalTensor dense(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? contiguous(t) : t;
-}
-
 void check_channels(const char* argument, const OptionalTensor& t, const Tensor& f,
                     bool narrow = false) {
   const ScalarType wide = accumulate_type(dtype_of(kName, "f", f));
@@ -123,8 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   STD_TORCH_CHECK(bool(mean) == bool(var), kName, ": mean and var must be given both or none");
   STD_TORCH_CHECK(bool(running_mean) == bool(running_var), kName,
                   ": running_mean and running_var must be given both or none");
-  const OptionalTensor weights = dense(weight), biases = dense(bias);
-  const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
+  const OptionalTensor weights = as_contiguous(weight), biases = as_contiguous(bias);
+  const OptionalTensor means = as_contiguous(mean), vars = as_contiguous(var),
+                       losts = as_contiguous(lost);
   const bool narrow = mean && mean->scalar_type() == f.scalar_type();
   check_channels("weight", weights, f, narrow);
   check_channels("bias", biases, f, narrow);
@@ -180,9 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const Opti
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(gy.dim() >= 2 && has_lines(gy), kName, ": gy must have the layout of y");
   check_like(kName, "f", f, gy);
-  const OptionalTensor weights = dense(weight), biases = dense(bias);
-  const OptionalTensor means = dense(mean), vars = dense(var), losts = dense(lost);
-  const OptionalTensor bits = dense(mask);
+  const OptionalTensor weights = as_contiguous(weight), biases = as_contiguous(bias);
+  const OptionalTensor means = as_contiguous(mean), vars = as_contiguous(var),
+                       losts = as_contiguous(lost);
+  const OptionalTensor bits = as_contiguous(mask);
   check_channels("weight", weights, gy);
   check_channels("bias", biases, gy);
   check_channels("mean", means, gy);

@@ -56,4 +56,12 @@ class Member {
   int64_t step_ = 0;
 };
 
+// A step: body(i) for those i of [0, count) that are this member's, or for all where there is no
+// team.
+template <class Body> void share(Member* member, int64_t count, const Body& body) {
+  const int64_t end = member ? member->end(count) : count;
+  for (int64_t i = member ? member->begin(count) : 0; i < end; ++i) body(i);
+  if (member) member->meet();
+}
+
 }  // namespace fastres::FASTRES_ISA

@@ -87,9 +87,7 @@ inline Tensor uninitialized_like(const Tensor& a, const Tensor& b) {
 
 // t itself where it has the layout of `like`, else a copy that has it.
 inline Tensor in_layout(const Tensor& t, const Tensor& like) {
-  if (same_layout(t, like)) return t;
-  Tensor copy = uninitialized_like(like);
-  return torch::stable::copy_(copy, t);
+  return same_layout(t, like) ? t : filled(uninitialized_like(like), t);
 }
 inline OptionalTensor in_layout(const OptionalTensor& t, const Tensor& like) {
   return t ? OptionalTensor(in_layout(*t, like)) : t;
@@ -97,11 +95,9 @@ inline OptionalTensor in_layout(const OptionalTensor& t, const Tensor& like) {
 
 // t itself where it is contiguous, else a copy.
 inline Tensor as_contiguous(const Tensor& t) {
-  if (t.is_contiguous()) return t;
-  Tensor copy = uninitialized_contiguous(t);
-  return torch::stable::copy_(copy, t);
+  return t.is_contiguous() ? t : filled(uninitialized_contiguous(t), t);
 }
-inline OptionalTensor contiguous(const OptionalTensor& t) {
+inline OptionalTensor as_contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(as_contiguous(*t)) : t;
 }
 

@@ -236,6 +236,10 @@ template <> struct Stored<Float16> {
 #endif
 };
 
+// Element `at` of a tensor of stored elements.
+template <class T> const T* in(const void* p, int64_t at) { return static_cast<const T*>(p) + at; }
+template <class T> T* in(void* p, int64_t at) { return static_cast<T*>(p) + at; }
+
 // One element in the accumulate type.
 template <class T> FASTRES_HD T number_of(T v) { return v; }
 FASTRES_HD float number_of(BFloat16 v) {

@@ -1,5 +1,6 @@
 // uninitialized: new tensors, of which nothing is written yet.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -88,5 +89,8 @@ inline Tensor uninitialized_contiguous(const Tensor& like) {
   for (int64_t d = like.dim(); d-- > 1;) stride[d - 1] = stride[d] * like.size(d);
   return empty_strided(like, like.sizes().data(), stride.data(), like.dim(), like.scalar_type());
 }
+
+// `to` with the elements of another tensor.
+inline Tensor filled(Tensor to, const Tensor& from) { return torch::stable::copy_(to, from); }
 
 }  // namespace fastres

@@ -10,10 +10,6 @@ namespace fastres::conv_stack::FASTRES_ISA {
 
 using namespace fastres::FASTRES_ISA;
 
-// Element `at` of a tensor of stored elements.
-template <class T> const T* in(const void* p, int64_t at) { return static_cast<const T*>(p) + at; }
-template <class T> T* in(void* p, int64_t at) { return static_cast<T*>(p) + at; }
-
 // Some rows of an image, of some planes.
 struct Task {
   int64_t plane, planes, image, row, rows;
@@ -95,12 +91,6 @@ template <class T> class Stream {
                   plane = number / each / images_ * most, row = number % each * rows_;
     return {plane, least(most, planes_of(s_) - plane), number / each % images_, row,
             least(rows_, s_.height - row)};
-  }
-
-  template <class Body> static void share(Member* member, int64_t count, const Body& body) {
-    const int64_t last = member ? member->end(count) : count;
-    for (int64_t task = member ? member->begin(count) : 0; task < last; ++task) body(task);
-    if (member) member->meet();
   }
 
   int64_t channels_from(int64_t plane) const { return least(kLanes, s_.channels - plane * kLanes); }

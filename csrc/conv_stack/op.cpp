@@ -66,9 +66,7 @@ Tensor packed(const Tensor& w) {
   const int64_t strides[5] = {9 * c2, 1, c, 3 * c2, c2};
   bool same = true;
   for (int d = 0; d < 5; ++d) same &= w.size(d) == 1 || w.stride(d) == strides[d];
-  if (same) return w;
-  Tensor copy = empty_strided(w, w.sizes().data(), strides, 5, w.scalar_type());
-  return torch::stable::copy_(copy, w);
+  return same ? w : filled(empty_strided(w, w.sizes().data(), strides, 5, w.scalar_type()), w);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_given, const Tensor& w1, const Tensor& b1,

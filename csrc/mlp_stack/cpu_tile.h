@@ -88,10 +88,6 @@ template <class A> struct SumTiles {
   }
 };
 
-// Element `at` of a tensor of stored elements.
-template <class T> const T* in(const void* p, int64_t at) { return static_cast<const T*>(p) + at; }
-template <class T> T* in(void* p, int64_t at) { return static_cast<T*>(p) + at; }
-
 // The rows of a matrix that one chunk of work does.
 struct Chunk {
   int64_t number, first, size;
@@ -105,21 +101,12 @@ struct Chunk {
 template <class Begin, class First, class Second, class End>
 void in_order(Member* member, int64_t blocks, int64_t n1, int64_t n2, const Begin& begin,
               const First& first, const Second& second, const End& end) {
-  const auto meet = [&] {
-    if (member) member->meet();
-  };
-  const auto share = [&](int64_t block, int64_t count, const auto& body) {
-    const int64_t last = member ? member->end(count) : count;
-    for (int64_t chunk = member ? member->begin(count) : 0; chunk < last; ++chunk)
-      body(block, chunk);
-    meet();
-  };
   if (member && !member->join()) return;
   if (!member || member->first()) begin();
-  meet();
+  if (member) member->meet();
   for (int64_t block = 0; block < blocks; ++block) {
-    share(block, n1, first);
-    share(block, n2, second);
+    share(member, n1, [&](int64_t chunk) { first(block, chunk); });
+    share(member, n2, [&](int64_t chunk) { second(block, chunk); });
   }
   if (!member || member->first()) end();
 }

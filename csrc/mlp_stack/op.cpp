@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const ScalarType type = gy.scalar_type();
   STD_TORCH_CHECK(every >= 1 && states.dim() == 3 && states.size(0) == ceil_div(blocks, every),
                   kName, ": states must have one state for every ", every, " blocks");
-  const OptionalTensor given = contiguous(gstates);
+  const OptionalTensor given = as_contiguous(gstates);
   const Tensor kept = as_contiguous(states);
 
   Tensor g = uninitialized(gy, {s.batch, s.width}, in.wide);  // becomes gx
@@ -203,8 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const auto narrowed = [&](const Tensor& t) {
     if (t.scalar_type() == type) return t;
-    Tensor copy = empty_strided(t, t.sizes().data(), t.strides().data(), t.dim(), type);
-    return torch::stable::copy_(copy, t);
+    return filled(empty_strided(t, t.sizes().data(), t.strides().data(), t.dim(), type), t);
   };
   return {narrowed(g),        narrowed(grads[0]), narrowed(grads[1]),
           narrowed(grads[2]), narrowed(grads[3]), ggate};

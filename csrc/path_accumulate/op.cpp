@@ -45,9 +45,9 @@ void check_row(const char* argument, const OptionalTensor& t, const Tensor& like
 // One row in the layout of all rows.
 OptionalTensor row_in_layout(const OptionalTensor& t, const Tensor& like) {
   if (!t || same_layout(*t, like)) return t;
-  Tensor copy =
-      empty_strided(like, t->sizes().data(), like.strides().data(), like.dim(), like.scalar_type());
-  return torch::stable::copy_(copy, *t);
+  return filled(
+      empty_strided(like, t->sizes().data(), like.strides().data(), like.dim(), like.scalar_type()),
+      *t);
 }
 
 // branch, skip: [rows * samples, ...]; before, gradient: [samples, ...]; steps: [rows] int32.
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> accumulate(const OptionalTensor& skip, const Tensor& 
   for (int64_t d = 1; d < branch.dim(); ++d) cols *= branch.size(d);
   Tensor out = uninitialized_like(skip ? *skip : branch, branch);
   const OptionalTensor own = in_layout(skip, out), first = row_in_layout(before, out),
-                       g = row_in_layout(gradient, out), by = contiguous(steps);
+                       g = row_in_layout(gradient, out), by = as_contiguous(steps);
   const Tensor from = in_layout(branch, out);
   Tensor sums = uninitialized(branch, {g ? 2 : 1, branch.size(0)}, accumulate_type(dtype));
   launch(Args{data_or_null(own), from.const_data_ptr(), data_or_null(first), data_or_null(g),

@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTens
     check_small(kName, "mask", *mask, {gy.size(0), ceil_div(cols_of(gy), 8)}, ScalarType::Byte, gy);
   if (gs) check_small(kName, "gs", *gs, {3, gy.size(0)}, accumulate_type(dtype), gy);
   const OptionalTensor skip = in_layout(x, gy), branch = in_layout(f, gy);
-  const OptionalTensor sums = contiguous(gs), bits = contiguous(mask);
+  const OptionalTensor sums = as_contiguous(gs), bits = as_contiguous(mask);
   auto output = [&](bool wanted) {
     return wanted ? uninitialized_like(gy) : uninitialized(gy, {0}, gy.scalar_type());
   };
