@@ -410,6 +410,18 @@ def test_bad_input_names_the_argument_the_rule_and_the_value(args, kwargs, error
         assert str(raised.value).startswith(f"batch_norm_residual: {message}")
 
 
+@pytest.mark.parametrize("weight", [torch.ones(2), torch.ones(3, dtype=torch.int), 1.0], ids=str)
+def test_a_call_that_is_refused_moves_and_counts_nothing(device, weight):
+    x, f, _, _ = images(2, 3, 2, 2, device=device)
+    buffers = [*running(f, True), torch.tensor(7, device=device)]
+    kept = [t.clone() for t in buffers]
+    weight = weight.to(device) if isinstance(weight, torch.Tensor) else weight
+    with pytest.raises((TypeError, ValueError), match="weight must"):
+        batch_norm_residual(x, f.requires_grad_(), *buffers[:2], weight, training=True,
+                            num_batches_tracked=buffers[2])  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(buffers, kept, strict=True))
+
+
 @needs_library
 def test_meta_tensors_give_shapes_and_layout():
     x, f, _, _ = images(2, 3, 4, 4, device="meta", last=True)
