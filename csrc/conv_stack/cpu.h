@@ -29,6 +29,14 @@ inline bool in_pairs(const Shape& s) {
 // which two times 16 pixels share the weights.
 inline int64_t planes_of_task(const Shape& s) { return in_pairs(s) ? 1 : 2; }
 
+// Whether threads that find no image of their own had better share one (measured with two): from
+// 64 Ki products of a tap on. Tile registers are done by the time that threads have met, but for
+// weights of 128 channels, which take long to be brought into pairs.
+inline bool pays_to_share(const Shape& s) {
+  if (in_pairs(s)) return s.channels >= 128;
+  return s.batch * s.channels * s.channels * s.height * s.width >= 64 << 10;
+}
+
 // Rows of pixels of `images`, of the planes of a task each. Each row has its three partial sums,
 // whoever does it, and so the same bits.
 inline int64_t rows_of(const Shape& s, int64_t images) {
