@@ -29,7 +29,9 @@ chain, and both of them, behind it, the weight gradients of the blocks that it i
 On a CPU bfloat16 is widened to float32, unless the CPU has AMX. There its tile registers take the
 products, four of the eight: where another thread shares the core, products that use all eight take
 twice the time. The passes over numbers in cache, as many as in float32, weigh the more. On the way
-down what products take is rounded once, for all rows, and kept for the weight gradients.
+down what products take is rounded once, for all rows, and kept for the weight gradients. A
+product of float32 as six of bfloat16 (Henry, Tang and Heinecke 2019, arXiv 1904.06376) was tried
+there: as exact, but with two threads no faster, as it takes long to bring numbers into thirds.
 
 The baselines are those of `stack_baselines`: the ratio to `eager`, which has no norms, is the one
 that goals are about. "norms" runs the operator with its sums against the operator without them.
