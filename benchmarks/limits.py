@@ -85,7 +85,7 @@ def _memcpy(source: torch.Tensor, target: torch.Tensor, threads: int) -> Call:
 def gemm(device: torch.device, dtype: torch.dtype, size: int, least: float) -> float:
     """Return the floating-point operations per second of the best of a few large products.
 
-    float32 is without TF32 on a GPU. least: seconds of products at least; others may use a CPU too.
+    float32 is without TF32 on a GPU. least: the seconds to go on for; a CPU may have other users.
     """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

@@ -235,6 +235,19 @@ def test_statistics_and_weights_of_the_dtype_of_the_images_are_not_cast(device, 
     assert torch.equal(inner, batch_norm_inner(f, *wide, True))
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_do_not_ask_for_the_dtype_of_the_statistics(device, dtype, affine):
+    x, f, *of = (t.requires_grad_() for t in images(4, 3, 5, 5, dtype=dtype, device=device))
+    statistics = [t.to(dtype) for t in running(f.detach(), True)]
+    small, found = [*statistics, *(of if affine else (None, None))], []
+    for to in (dtype, accumulate(dtype)):
+        cast = [None if t is None else t.to(to) for t in small]
+        y, _ = batch_norm_residual(x, f, *cast, relu=True)
+        found.append((y, *torch.autograd.grad(y.sum(), (x, f))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_dtypes_promote_as_in_add(device):
     x, f, _, _ = images(4, 3, device=device)
     for a in DTYPES:

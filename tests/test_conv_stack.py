@@ -100,7 +100,9 @@ class TestConvStack(OpContract):
         yield torch.ops.fastres._conv_stack.default, (*channels_last(given), gate, False, False)
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "channels"), [(torch.float32, 40), (torch.bfloat16, 40), (torch.bfloat16, 144)]
+)
 def test_a_stack_of_an_image_split_over_threads_has_the_bits_of_one_thread(dtype, channels):
     x, *weights = stack(7, channels, 9, 20, 2, dtype=dtype)
     found = []

@@ -1,4 +1,4 @@
-// uninitialized: new tensors, of which nothing is written yet.
+// uninitialized: new tensors, of which nothing is written yet, and what fills them.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

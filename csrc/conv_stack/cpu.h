@@ -3,7 +3,7 @@
 // Channels stand in the lanes of vectors: an image is kept as planes of 16 channels, pixel by
 // pixel, with a border of zeros, so that no tap of a convolution is a special case. Images go
 // through all blocks on one thread, as many as its second cache holds; where there are too few for
-// that, all threads take the same images and share out the rows of every convolution.
+// that, and it pays, all threads take the same images and share out the rows of every convolution.
 #pragma once
 #include "../common/isa.h"
 #include "../common/team.h"
@@ -29,12 +29,14 @@ inline bool in_pairs(const Shape& s) {
 // which two times 16 pixels share the weights.
 inline int64_t planes_of_task(const Shape& s) { return in_pairs(s) ? 1 : 2; }
 
-// Whether threads that find no image of their own had better share one (measured with two): from
-// 64 Ki products of a tap on. Tile registers are done by the time that threads have met, but for
-// weights of 128 channels, which take long to be brought into pairs.
-inline bool pays_to_share(const Shape& s) {
-  if (in_pairs(s)) return s.channels >= 128;
-  return s.batch * s.channels * s.channels * s.height * s.width >= 64 << 10;
+// Whether threads had better take all images together than wait for those that have some of their
+// own (measured with two). A convolution must be large enough for them to meet: 64 Ki products of
+// each tap, or 8 Mi in tile registers, of which three images go faster alone. But to bring the
+// weights of 128 channels into pairs takes long whatever the image.
+inline bool pays_to_share(const Shape& s, int64_t threads) {
+  const int64_t products = s.batch * s.channels * s.channels * s.height * s.width;
+  if (in_pairs(s)) return s.channels >= 128 || (s.batch < threads && products >= 8 << 20);
+  return products >= 64 << 10;
 }
 
 // Rows of pixels of `images`, of the planes of a task each. Each row has its three partial sums,

@@ -28,11 +28,11 @@ bool resident(const Tensor& x, bool tf32) {
   return found;
 }
 #else
-// Threads that take all images together, where that pays and none of them finds as many of its own,
-// or 1.
+// Threads that take all images together, or 1: they do where that pays, and would otherwise leave
+// some of them idle for a good part of the time.
 int members_for(const Shape& s, int64_t threads) {
   const int64_t rows = rows_of(s, s.batch), rounds = ceil_div(s.batch, threads);
-  if (s.batch % threads == 0 || rounds > 4 || rows < 2 || !pays_to_share(s)) return 1;
+  if (s.batch % threads == 0 || rounds > 4 || rows < 2 || !pays_to_share(s, threads)) return 1;
   return static_cast<int>(std::min({threads, rows, static_cast<int64_t>(Team::kMost)}));
 }
 

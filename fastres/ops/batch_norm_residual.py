@@ -86,15 +86,15 @@ def batch_norm_residual(
     }
     if has_torch_function_variadic(x, f):  # a policy watches
         return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
-    if gate is None:
-        found = direct(x, f, running_mean, running_var, weight, bias, relu, **options)
+    if not training and gate is None:
+        found = infer(x, f, running_mean, running_var, weight, bias, relu, eps)
         if found is not None:
             return found[0], Stats(found[1])
     _check(*given, **options)
     return run(None, *given, **options)
 
 
-def direct(
+def infer(
     x: Tensor | None,
     f: Tensor,
     running_mean: Tensor | None,
@@ -102,45 +102,20 @@ def direct(
     weight: Tensor | None,
     bias: Tensor | None,
     relu: bool,
-    *,
-    training: bool = False,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-    num_batches_tracked: Tensor | None = None,
+    eps: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """Compute y and sums by the kernel at once; None where anything is in doubt, or it refuses.
+    """Compute y and sums by the raw kernel alone, given the statistics; None where it refuses.
 
-    Of a small image the checks take longer than the kernel, which makes its own.
+    Of a small image the checks take longer than the kernel.
     """
-    running = (running_mean, running_var)
-    moved: tuple[Any, Any, float] = (None, None, 0.0)
     try:
-        wide = accumulate(f.dtype)
-        if not (eps >= 0 and _is_plain(x, f, relu, training)):
+        if running_mean is None or not eps >= 0 or not _is_plain(x, f, weight, bias, relu):
             return None
-        if training:
-            if not isinstance(momentum, float) or not _is_counted(f, num_batches_tracked):
-                return None
-            if running_mean is not None or running_var is not None:
-                if not _is_written(*running, wide):
-                    return None
-                moved = (*running, momentum)
-        elif running_mean is None:
-            return None
-        small = (weight, bias, *((None, None) if training else running), None)
-        if is_underived(x, f, weight, bias):
-            y, sums, *_ = FORWARD(x, f, *small, eps, relu, False, None, *moved)
-        elif weight is None or weight.dtype is wide:  # else the backward pass refuses
-            y, sums, *_ = _apply(x, f, *small, eps, relu, *moved)
-        else:
-            return None
-    except (RuntimeError, TypeError, AttributeError, IndexError, NotImplementedError):
+        small = (weight, bias, running_mean, running_var, None)
+        y, sums, *_ = FORWARD(x, f, *small, eps, relu, False)
+        return y, sums
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         return None
-    if moved[0] is not None:
-        torch.autograd.graph.increment_version(moved[:2])
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return y, sums
 
 
 def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor, Stats]:
@@ -224,17 +199,11 @@ def _move(
         torch._foreach_lerp_([running_mean, running_var], batch, momentum)
 
 
-def _is_written(running_mean: Tensor | None, running_var: Tensor | None, wide: torch.dtype) -> bool:
+def _is_written(running_mean: Tensor, running_var: Tensor, wide: torch.dtype) -> bool:
     """Tell whether the kernel may write running statistics as they are."""
-    return (
-        not torch.compiler.is_compiling()
-        and running_mean is not None
-        and running_var is not None
-        and running_mean.dtype is wide
-        and running_var.dtype is wide
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-        and not (running_mean.is_inference() or running_var.is_inference())
+    return not torch.compiler.is_compiling() and all(
+        t.dtype is wide and t.is_contiguous() and not t.is_inference()
+        for t in (running_mean, running_var)
     )
 
 
@@ -243,24 +212,18 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
-def _is_plain(x: Tensor | None, f: Tensor, relu: bool, training: bool) -> bool:
-    """Tell whether the kernel may run at once: on plain tensors, x and f alike."""
+def _is_plain(x: Tensor | None, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
+    """Tell whether the raw kernel may run alone: no derivative wanted, and x and f alike."""
     return (
         FORWARD is not None
         and isinstance(relu, bool)
-        and isinstance(training, bool)
         and (x is None or x.dtype is f.dtype)
         and native.runs_on(f)
         and not f.is_meta
-        and not torch.compiler.is_compiling()
         and not _is_composed()
+        and not torch.compiler.is_compiling()
+        and is_underived(x, f, weight, bias)
     )
-
-
-def _is_counted(f: Tensor, num_batches_tracked: Tensor | None) -> bool:
-    """Tell whether a call in training has several values per channel, and what may be counted."""
-    counts = num_batches_tracked is None or isinstance(num_batches_tracked, Tensor)
-    return counts and f.numel() > f.size(1)
 
 
 def _is_composed() -> bool:
