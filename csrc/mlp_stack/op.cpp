@@ -163,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const OptionalTensor given = as_contiguous(gstates);
   const Tensor kept = as_contiguous(states);
 
-  Tensor g = uninitialized(gy, {s.batch, s.width}, in.wide);  // becomes gx
-  torch::stable::copy_(g, in.x);
+  Tensor g = filled(uninitialized(gy, {s.batch, s.width}, in.wide), in.x);  // becomes gx
   Tensor recomputed =
       every > 1 ? uninitialized(gy, {every, s.batch, s.width}, type) : uninitialized(gy, {0}, type);
   Tensor grads[4];

@@ -140,8 +140,8 @@ class Runner:
 
 
 def address(array: Array | None) -> int | None:
-    """Return where an array begins."""
-    return None if array is None else array.ctypes.data
+    """Return where an array begins; null where it is empty, as torch's tensors are."""
+    return array.ctypes.data if array is not None and array.size else None
 
 
 if __name__ == "__main__":
