@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
 from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
-from fastres.ops.layout import accumulate, per_sample
+from fastres.ops.layout import DTYPES, accumulate, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
+
+# Function.apply inspects the signature of forward, 30 us a call, for functorch's sake.
+_apply: Final[Any] = super(torch.autograd.Function, EagerResidualAdd).apply
+_is_transformed: Final = torch._C._are_functorch_transforms_active
 
 
 def residual_add(
@@ -56,15 +60,19 @@ def residual_add(
             residual_add, (x, f), x, f, gate, relu, differentiable_stats=differentiable_stats
         )
     try:
-        if gate is None and _is_plain(x, f):
-            y, sums = FORWARD(x, f, None, relu)
-            return y, Stats(sums)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        if gate is None and type(relu) is bool and _is_plain(x, f):
+            if is_underived(x, f):
+                y, sums = FORWARD(x, f, None, relu)
+                return y, Stats(sums)
+            if not torch.compiler.is_compiling() and not _is_transformed():
+                y, sums, _ = _apply(x, f, None, relu, differentiable_stats, False)
+                return y, Stats(sums)
+    except (RuntimeError, TypeError, AttributeError, IndexError):
         _check(x, f, gate, relu)  # names what the kernel refused
         raise
     _check(x, f, gate, relu)
     compiled = torch.compiler.is_compiling()
-    transformed = not compiled and torch._C._are_functorch_transforms_active()
+    transformed = not compiled and _is_transformed()
     if transformed or not native.runs_on(x):  # a Function under a vmap would get no cotangent
         return reference(x, f, gate, relu, differentiable_stats=differentiable_stats)
     dtype = torch.promote_types(x.dtype, f.dtype)
@@ -72,11 +80,7 @@ def residual_add(
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device).expand(x.size(0))
     gate_grad = gate is not None and gate.requires_grad
-    apply: Any
-    if compiled:
-        apply = CompiledResidualAdd.apply
-    else:  # Function.apply inspects the signature of forward, 30 us a call, for functorch's sake
-        apply = super(torch.autograd.Function, EagerResidualAdd).apply
+    apply: Any = CompiledResidualAdd.apply if compiled else _apply
     y, sums, _ = apply(x, f, gate, relu, differentiable_stats, gate_grad)
     return y, Stats(sums)
 
@@ -102,8 +106,8 @@ def reference(
 
 
 def _is_plain(x: Tensor, f: Tensor) -> bool:
-    """Tell whether the raw kernel may run alone: one dtype, no derivative of any kind wanted."""
-    return FORWARD is not None and x.dtype is f.dtype and is_underived(x, f) and native.runs_on(x)
+    """Tell whether the kernel takes x and f as they are, or refuses them before it writes."""
+    return x.dtype is f.dtype and x.dtype in DTYPES and native.runs_on(x)
 
 
 def _check(x: Tensor, f: Tensor, gate: float | Tensor | None, relu: bool) -> None:
