@@ -82,18 +82,17 @@ struct NormAdd {
         mask(rows * fastres::ceil_div(kCols, 8)) {
     using namespace fastres::batch_norm_residual;
     x.fill_last(kCols, 1), f.fill_last(kCols, 2);
-    std::vector<float> table(kEntries * padded(kCols), 0.5f), mean(kCols);
+    std::vector<float> table(kEntries * padded(kCols), 0.5f);
     const Shape shape{rows, kCols, 1, true};
     const auto dtype = fastres::Dtype::kFloat32;
     Args args{};  // by name: they are many
     args.x = x.data(), args.f = f.data(), args.y = y.data(), args.sums = sums.data();
-    args.mean = args.var = mean.data(), args.mask = mask.data();
+    args.mask = mask.data();
     args.shape = shape, args.eps = 1e-5, args.dtype = dtype, args.relu = true;
     const int64_t tasks = Tasks(shape).count;
     portable::forward(args, table.data(), nullptr, tasks - 1, tasks);
     BackwardArgs down{};
-    down.gy = x.data(), down.f = f.data(), down.mean = down.var = mean.data();
-    down.mask = mask.data(), down.gf = gf.data();
+    down.gy = x.data(), down.f = f.data(), down.mask = mask.data(), down.gf = gf.data();
     down.shape = shape, down.eps = 1e-5, down.dtype = dtype, down.training = true;
     portable::backward(down, table.data(), tasks - 1, tasks);
   }

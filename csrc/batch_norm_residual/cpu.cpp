@@ -129,13 +129,23 @@ template <class T> double at(const void* values, int64_t c, double otherwise) {
   return values ? number_of(static_cast<const T*>(values)[c]) : otherwise;
 }
 
-// From weight, bias and statistics of type T. What rounding took of the mean goes to the bias.
+// From weight and bias of type T. What rounding took of the mean goes to the bias.
 template <class T, class Any, class A> void fill_norm(const Any& a, A* table, int64_t c) {
   const int64_t stride = padded(a.shape.channels);
-  const double scale = at<T>(a.weight, c, 1) / std::sqrt(at<T>(a.var, c, 1) + a.eps);
-  table[kMean * stride + c] = static_cast<A>(at<T>(a.mean, c, 0));
+  const auto of = Statistics<A>::of(a.statistics, a.shape.channels, c);
+  const double scale = at<T>(a.weight, c, 1) / std::sqrt(double(of.var) + a.eps);
+  table[kMean * stride + c] = of.mean;
   table[kScale * stride + c] = static_cast<A>(scale);
-  table[kBias * stride + c] = static_cast<A>(at<T>(a.bias, c, 0) - scale * at<A>(a.lost, c, 0));
+  table[kBias * stride + c] = static_cast<A>(at<T>(a.bias, c, 0) - scale * of.lost);
+}
+
+// From weight, bias and given statistics of type T: those are kept too.
+template <class T, class A> void fill_entry(const Args& a, A* table, int64_t c) {
+  if (!a.training)
+    Statistics<A>{static_cast<A>(at<T>(a.mean, c, 0)), static_cast<A>(at<T>(a.var, c, 1)),
+                  static_cast<A>(at<A>(a.lost, c, 0))}
+        .keep(a, c);
+  fill_norm<T>(a, table, c);
 }
 
 // The sums of all slots, [2, padded].
@@ -178,14 +188,15 @@ void fill_table(const Args& a, const double* slots, void* table) {
     const int64_t stride = padded(a.shape.channels);
     const double count = a.shape.count();
     const std::vector<double> total = join_slots(a.shape, slots, a.training);
+    if (a.batches) ++*a.batches;
     for (int64_t c = 0; c < a.shape.channels; ++c) {
       if (a.training) {
         const double moved = total[c] / count, mean = values[kMean * stride + c] + moved;
         const double var = total[stride + c] / count - moved * moved;
         keep_moments<A>(a, c, mean, var);
       }
-      if (a.narrow) fill_norm<T>(a, values, c);
-      else fill_norm<A>(a, values, c);
+      if (a.narrow) fill_entry<T>(a, values, c);
+      else fill_entry<A>(a, values, c);
     }
   });
 }
@@ -201,7 +212,7 @@ void forward(const Args& a, const void* table, Sums<double>* partial, int64_t be
     for_each_run(a.shape, begin, end, [&](const Run& run) {
       const Sums<double> sums = one(a, run, table);
       if (partial) partial[run.task] = sums;
-      else store_sums<typename Stored<T>::A>(a.sums, a.shape.rows, run.row, sums);
+      else if (a.sums) store_sums<typename Stored<T>::A>(a.sums, a.shape.rows, run.row, sums);
     });
   });
 }
@@ -245,16 +256,17 @@ void end_table(const BackwardArgs& a, const double* slots, const double* partial
     const int64_t channels = a.shape.channels, stride = padded(channels);
     const std::vector<double> total = join_slots(a.shape, slots);
     const double count = a.shape.count();
-    A *values = static_cast<A*>(table), *gaffine = static_cast<A*>(a.gaffine);
+    A *values = static_cast<A*>(table), *gweight = static_cast<A*>(a.gweight),
+      *gbias = static_cast<A*>(a.gbias);
     for (int64_t c = 0; c < channels; ++c) {
-      const double var = at<A>(a.var, c, 1) + a.eps, lost = at<A>(a.lost, c, 0);
+      const auto of = Statistics<A>::of(a.statistics, channels, c);
+      const double var = of.var + a.eps, lost = of.lost;
       const double of_g = total[c], of_f = total[stride + c] - lost * of_g;
       const double per_f = of_f / (count * var);
       values[kPerG * stride + c] = static_cast<A>(of_g / count - lost * per_f);
       values[kPerF * stride + c] = static_cast<A>(per_f);
-      if (!gaffine) continue;
-      gaffine[c] = static_cast<A>(of_f / std::sqrt(var));
-      gaffine[channels + c] = static_cast<A>(of_g);
+      if (gweight) gweight[c] = static_cast<A>(of_f / std::sqrt(var));
+      if (gbias) gbias[c] = static_cast<A>(of_g);
     }
     for (int64_t row = 0, segments = Tasks(a.shape).segments; a.ggate && row < a.shape.rows;
          ++row) {

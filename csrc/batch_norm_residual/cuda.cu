@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads)
         if (pos < length && pos % 8 == 0) a.mask[line * ceil_div(length, 8) + pos / 8] = bits;
       },
       [&](int64_t row) {
+        if (!a.sums) return;
         A v[3] = {total.skip_sq, total.branch_sq, total.dot};
         total = {};
         gpu::sum_lanes(v, kThreads);
@@ -133,7 +134,8 @@ void launch_cuda(const Args& a, void* stream) {
     gpu::launch("batch_norm_residual: forward_kernel",
                 a.relu ? forward_kernel<T, true> : forward_kernel<T, false>, grid_of(s, plan),
                 kThreads, stream, a, plan, static_cast<const A*>(table), parts);
-    if (s.rows) gpu::launch_sum_parts<A>(parts, a.sums, 3 * s.rows, int(plan.pieces), stream);
+    if (a.sums && s.rows)
+      gpu::launch_sum_parts<A>(parts, a.sums, 3 * s.rows, int(plan.pieces), stream);
   });
 }
 
@@ -148,7 +150,7 @@ void launch_cuda(const BackwardArgs& a, void* stream) {
     const A* filled = table;
     gpu::launch("batch_norm_residual: fill_kernel", fill_kernel<A>, grid_of_channels(s), kThreads,
                 stream, a, table);
-    if (a.training || a.gaffine) {
+    if (a.training || a.gweight || a.gbias) {
       launch_channel_sums<A>(Reduction<T>{a, 0}, s, plan, scratch, stream);
       gpu::launch("batch_norm_residual: gradients_kernel", gradients_kernel<A>, grid_of_channels(s),
                   kThreads, stream, a, plan, static_cast<const double*>(scratch.sums), table);

@@ -156,12 +156,12 @@ __device__ __forceinline__ double join_splits(const Any& a, const Plan& plan, co
 // given(p): the channel's number there. What rounding took of the mean goes to the bias.
 template <class A, class Any, class Given>
 __device__ __forceinline__ void fill_norm(const Any& a, A* table, int64_t c, const Given& given) {
-  const double root = sqrt(given(a.var) + a.eps);
-  const double scale = (a.weight ? given(a.weight) : 1) / root;
+  const auto of = Statistics<A>::of(a.statistics, a.shape.channels, c);
+  const double scale = (a.weight ? given(a.weight) : 1) / sqrt(of.var + a.eps);
   const double bias = a.bias ? given(a.bias) : 0;
-  table[kMean * a.shape.channels + c] = given(a.mean);
+  table[kMean * a.shape.channels + c] = of.mean;
   table[kScale * a.shape.channels + c] = scale;
-  table[kBias * a.shape.channels + c] = bias - scale * number<A>(a.lost, c, 0);
+  table[kBias * a.shape.channels + c] = bias - scale * of.lost;
 }
 
 template <class T>
@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(kThreads)
     statistics_kernel(Args a, Plan plan, const double* sums, gpu::accumulate_t<T>* table) {
   using A = gpu::accumulate_t<T>;
   const double count = a.shape.count();
+  if (a.batches && blockIdx.x == 0 && threadIdx.x == 0) ++*a.batches;
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < a.shape.channels;
        c += int64_t(gridDim.x) * kThreads) {
     if (a.training) {
@@ -177,7 +178,9 @@ __global__ void __launch_bounds__(kThreads)
       const double moved = join_splits(a, plan, sums, 0, c) / count, mean = moments.pivot + moved;
       keep_moments<A>(a, c, mean, join_splits(a, plan, sums, 1, c) / count - moved * moved);
     }
-    fill_norm(a, table, c, [&](const void* p) { return a.narrow ? read<T>(p, c) : read<A>(p, c); });
+    const auto given = [&](const void* p) { return a.narrow ? read<T>(p, c) : read<A>(p, c); };
+    if (!a.training) Statistics<A>{given(a.mean), given(a.var), number<A>(a.lost, c, 0)}.keep(a, c);
+    fill_norm(a, table, c, given);
   }
 }
 
@@ -195,15 +198,15 @@ __global__ void __launch_bounds__(kThreads)
   const double count = a.shape.count();
   for (int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x; c < channels;
        c += int64_t(gridDim.x) * kThreads) {
-    const double var = static_cast<const A*>(a.var)[c] + a.eps, lost = number<A>(a.lost, c, 0);
+    const auto of = Statistics<A>::of(a.statistics, channels, c);
+    const double var = of.var + a.eps, lost = of.lost;
     const double of_g = join_splits(a, plan, sums, 0, c);
     const double of_f = join_splits(a, plan, sums, 1, c) - lost * of_g;
     const double per_f = of_f / (count * var);
     table[kPerG * channels + c] = of_g / count - lost * per_f;
     table[kPerF * channels + c] = per_f;
-    if (!a.gaffine) continue;
-    static_cast<A*>(a.gaffine)[c] = of_f / sqrt(var);
-    static_cast<A*>(a.gaffine)[channels + c] = of_g;
+    if (a.gweight) static_cast<A*>(a.gweight)[c] = of_f / sqrt(var);
+    if (a.gbias) static_cast<A*>(a.gbias)[c] = of_g;
   }
 }
 

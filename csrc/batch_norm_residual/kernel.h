@@ -37,12 +37,15 @@ struct Args {
   const void* bias;    // [C], likewise; null: 0
   const void* gate;    // [rows] with stride gate_stride, accumulate type; null: 1
   void* y;             // [rows, cols]
-  void* sums;          // [3, rows], accumulate type
-  void* mean;          // [C], as weight; of the batch in training, else given
-  void* var;           // [C], as weight; biased; of the batch in training, else given
-  void* lost;          // [C], accumulate type; what rounding took of mean; likewise, null: 0
+  void* sums;          // [3, rows], accumulate type; null where x is
+  const void* mean;    // [C], as weight; given outside of training
+  const void* var;     // [C], likewise
+  const void* lost;    // [C], accumulate type; likewise, null: 0
+  void* statistics;    // [3, C], accumulate type; by which f is normalised: mean, biased variance,
+                       // and what rounding took of the mean
   void* running_mean;  // [C], accumulate type; moved in training; null: not wanted
   void* running_var;   // [C], likewise, by the unbiased variance
+  int64_t* batches;    // counts the calls in training; null: not wanted
   uint8_t* mask;       // [rows, lines, ceil(length / 8)], bit c % 8 of byte c / 8; null: not wanted
   int64_t gate_stride;  // 0: one for all rows
   Shape shape;
@@ -59,14 +62,13 @@ struct BackwardArgs {
   const void* weight;  // [C], accumulate type; as in Args, down to gate
   const void* bias;
   const void* gate;
-  const void* mean;     // [C]
-  const void* var;      // [C]
-  const void* lost;     // [C]; null: nothing
-  const uint8_t* mask;  // [rows, lines, ceil(length / 8)]; null: all ones
-  void* gx;             // [rows, cols]; null: not wanted (it is gy)
-  void* gf;             // [rows, cols]
-  void* gaffine;        // [2, C], gweight and gbias, accumulate type; null: not wanted
-  void* ggate;          // [rows], accumulate type; null: not wanted
+  const void* statistics;  // [3, C]
+  const uint8_t* mask;     // [rows, lines, ceil(length / 8)]; null: all ones
+  void* gx;                // [rows, cols]; null: not wanted (it is gy)
+  void* gf;                // [rows, cols]
+  void* gweight;           // [C], accumulate type; null: not wanted
+  void* gbias;             // [C], likewise
+  void* ggate;             // [rows], likewise
   int64_t gate_stride;
   Shape shape;
   double eps;
@@ -89,13 +91,26 @@ template <class V> struct Pull {
   }
 };
 
+// The statistics of a channel.
+template <class A> struct Statistics {
+  A mean, var, lost;
+  FASTRES_HD static Statistics of(const void* all, int64_t channels, int64_t c) {
+    const A* at = static_cast<const A*>(all) + c;
+    return {at[0], at[channels], at[2 * channels]};
+  }
+  FASTRES_HD void keep(const Args& a, int64_t c) const {
+    A* at = static_cast<A*>(a.statistics) + c;
+    at[0] = mean;
+    at[a.shape.channels] = var;
+    at[2 * a.shape.channels] = lost;
+  }
+};
+
 // Writes the batch's statistics of a channel, and moves the running ones towards them.
 template <class A> FASTRES_HD void keep_moments(const Args& a, int64_t c, double mean, double var) {
   if (var < 0) var = 0;  // NaN stays
   const A rounded = static_cast<A>(mean);
-  static_cast<A*>(a.mean)[c] = rounded;
-  static_cast<A*>(a.var)[c] = static_cast<A>(var);
-  static_cast<A*>(a.lost)[c] = static_cast<A>(mean - rounded);
+  Statistics<A>{rounded, static_cast<A>(var), static_cast<A>(mean - rounded)}.keep(a, c);
   if (!a.running_mean || !a.shape.any()) return;
   const double count = a.shape.count(), m = a.momentum;
   A& running_mean = static_cast<A*>(a.running_mean)[c];

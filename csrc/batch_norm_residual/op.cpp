@@ -27,7 +27,7 @@ void launch(const Args& a) {
   const int64_t channels = padded(a.shape.channels);
   std::vector<double> table(kEntries * channels);
   std::vector<double> slots(a.training ? tasks.slots * 2 * channels : 0);
-  std::vector<Sums<double>> partial(tasks.segments > 1 ? tasks.count : 0);
+  std::vector<Sums<double>> partial(a.sums && tasks.segments > 1 ? tasks.count : 0);
   if (a.training && a.shape.any()) {
     pivots_for_this_cpu()(a, table.data());
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
@@ -47,7 +47,7 @@ void launch(const BackwardArgs& a) {
   const int64_t channels = padded(a.shape.channels);
   std::vector<double> table(kEntries * channels);
   begin_table_for_this_cpu()(a, table.data());
-  if (a.training || a.gaffine || a.ggate) {
+  if (a.training || a.gweight || a.gbias || a.ggate) {
     std::vector<double> slots(tasks.slots * 2 * channels);
     std::vector<double> partial(tasks.segments > 1 ? tasks.count : a.shape.rows);
     for_tasks(tasks, [&](int64_t begin, int64_t end) {
@@ -87,32 +87,40 @@ Tensor output_of(const Tensor& x, const Tensor& f) {
 }
 
 void check_channels(const char* argument, const OptionalTensor& t, const Tensor& f,
-                    bool narrow = false) {
-  const ScalarType wide = accumulate_type(dtype_of(kName, "f", f));
-  if (t) check_small(kName, argument, *t, {f.size(1)}, narrow ? f.scalar_type() : wide, f);
+                    ScalarType type) {
+  if (t) check_small(kName, argument, *t, {f.size(1)}, type, f);
 }
 
-int64_t gate_stride(const OptionalTensor& gate, const Tensor& f) {
+int64_t gate_stride(const OptionalTensor& gate, const Tensor& f, ScalarType wide) {
   if (!gate) return 0;
-  check_small(kName, "gate", *gate, {f.size(0)}, accumulate_type(dtype_of(kName, "f", f)), f);
+  check_small(kName, "gate", *gate, {f.size(0)}, wide, f);
   return gate->stride(0);
 }
 
 // A running statistic that is written in place.
-void* moved(const char* argument, const OptionalTensor& t, const Tensor& f) {
-  check_channels(argument, t, f);
+void* moved(const char* argument, const OptionalTensor& t, const Tensor& f, ScalarType wide) {
+  check_channels(argument, t, f, wide);
   STD_TORCH_CHECK(!t || t->is_contiguous(), kName, ": ", argument, " must be contiguous");
   return t ? t->mutable_data_ptr() : nullptr;
 }
 
-// y, sums, mean, var, lost, mask; the last four are empty where statistics are given and no mask is
-// wanted. weight, bias, mean and var are of the accumulate type, or where statistics are given all
-// of that of f. The running statistics move in training, and are not read otherwise.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+// The number of calls in training, which goes up in place.
+int64_t* counted(const OptionalTensor& t, const Tensor& f) {
+  if (!t) return nullptr;
+  check_small(kName, "num_batches_tracked", *t, {}, ScalarType::Long, f);
+  return static_cast<int64_t*>(t->mutable_data_ptr());
+}
+
+// y, sums, statistics [3, C], mask; sums are empty where there is no skip, and the mask where none
+// is wanted. weight, bias, mean and var are of the accumulate type, or where statistics are given
+// all of that of f. The running statistics and their count move in training, and are not read
+// otherwise.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& x, const Tensor& f, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& var,
     const OptionalTensor& gate, double eps, bool relu, bool masked, const OptionalTensor& lost,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum) {
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
+    const OptionalTensor& num_batches_tracked) {
   const Dtype dtype = dtype_of(kName, "f", f);
   STD_TORCH_CHECK(f.dim() >= 2, kName, ": f must have 2 or more dimensions, got ", f.dim());
   if (x) check_like(kName, "x", *x, f);
@@ -122,22 +130,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const OptionalTensor weights = as_contiguous(weight), biases = as_contiguous(bias);
   const OptionalTensor means = as_contiguous(mean), vars = as_contiguous(var),
                        losts = as_contiguous(lost);
+  const ScalarType wide = accumulate_type(dtype);
   const bool narrow = mean && mean->scalar_type() == f.scalar_type();
-  check_channels("weight", weights, f, narrow);
-  check_channels("bias", biases, f, narrow);
-  check_channels("mean", means, f, narrow);
-  check_channels("var", vars, f, narrow);
-  check_channels("lost", losts, f);
+  const ScalarType small = narrow ? f.scalar_type() : wide;
+  check_channels("weight", weights, f, small);
+  check_channels("bias", biases, f, small);
+  check_channels("mean", means, f, small);
+  check_channels("var", vars, f, small);
+  check_channels("lost", losts, f, wide);
   const bool training = !mean;
   Tensor y = on_large_pages(output_of(x ? *x : f, f));
   const OptionalTensor skip = in_layout(x, y);
   const Tensor branch = in_layout(f, y);
   const Shape shape = shape_of(y);
-  const ScalarType wide = accumulate_type(dtype);
-  Tensor sums = uninitialized(f, {3, f.size(0)}, wide);
-  Tensor batch_mean = uninitialized(f, {training ? f.size(1) : 0}, wide);
-  Tensor batch_var = uninitialized(f, {training ? f.size(1) : 0}, wide);
-  Tensor batch_lost = uninitialized(f, {training ? f.size(1) : 0}, wide);
+  Tensor sums = uninitialized(f, {3, x ? f.size(0) : 0}, wide);
+  Tensor statistics = uninitialized(f, {3, f.size(1)}, wide);
   Tensor mask =
       uninitialized(f, {masked ? f.size(0) : 0, masked ? shape.mask_cols() : 0}, ScalarType::Byte);
   launch(Args{data_or_null(skip),
@@ -146,14 +153,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
               data_or_null(biases),
               data_or_null(gate),
               y.mutable_data_ptr(),
-              sums.mutable_data_ptr(),
-              training ? batch_mean.mutable_data_ptr() : const_cast<void*>(data_or_null(means)),
-              training ? batch_var.mutable_data_ptr() : const_cast<void*>(data_or_null(vars)),
-              training ? batch_lost.mutable_data_ptr() : const_cast<void*>(data_or_null(losts)),
-              moved("running_mean", running_mean, f),
-              moved("running_var", running_var, f),
+              x ? sums.mutable_data_ptr() : nullptr,
+              data_or_null(means),
+              data_or_null(vars),
+              data_or_null(losts),
+              statistics.mutable_data_ptr(),
+              moved("running_mean", running_mean, f, wide),
+              moved("running_var", running_var, f, wide),
+              counted(num_batches_tracked, f),
               masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr,
-              gate_stride(gate, f),
+              gate_stride(gate, f, wide),
               shape,
               eps,
               momentum,
@@ -162,51 +171,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
               training,
               narrow},
          f);
-  return {y, sums, batch_mean, batch_var, batch_lost, mask};
+  return {y, sums, statistics, mask};
 }
 
-// gx is empty where it equals gy; all but gf where they are not wanted. gaffine is [2, C], ggate
-// [B]. gy has the layout of y, in whose memory order the mask is.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const OptionalTensor& mask,
-                                                    const Tensor& f, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const Tensor& mean,
-                                                    const Tensor& var, const OptionalTensor& lost,
-                                                    const OptionalTensor& gate, double eps,
-                                                    bool training, bool skip_grad, bool affine_grad,
-                                                    bool gate_grad) {
+// gx is empty where it equals gy; all but gf where they are not wanted. gweight and gbias are [C],
+// ggate [B]. gy has the layout of y, in whose memory order the mask is.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& gy, const OptionalTensor& mask, const Tensor& f, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& statistics, const OptionalTensor& gate, double eps,
+    bool training, bool skip_grad, bool affine_grad, bool gate_grad) {
   const Dtype dtype = dtype_of(kName, "gy", gy);
   STD_TORCH_CHECK(gy.dim() >= 2 && has_lines(gy), kName, ": gy must have the layout of y");
   check_like(kName, "f", f, gy);
   const OptionalTensor weights = as_contiguous(weight), biases = as_contiguous(bias);
-  const OptionalTensor means = as_contiguous(mean), vars = as_contiguous(var),
-                       losts = as_contiguous(lost);
+  const Tensor kept = as_contiguous(statistics);
   const OptionalTensor bits = as_contiguous(mask);
-  check_channels("weight", weights, gy);
-  check_channels("bias", biases, gy);
-  check_channels("mean", means, gy);
-  check_channels("var", vars, gy);
-  check_channels("lost", losts, gy);
+  const ScalarType wide = accumulate_type(dtype);
+  check_channels("weight", weights, gy, wide);
+  check_channels("bias", biases, gy, wide);
+  check_small(kName, "statistics", kept, {3, gy.size(1)}, wide, gy);
   const Shape shape = shape_of(gy);
   if (bits)
     check_small(kName, "mask", *bits, {gy.size(0), shape.mask_cols()}, ScalarType::Byte, gy);
   const Tensor branch = in_layout(f, gy);
-  const ScalarType wide = accumulate_type(dtype);
   const bool writes_gx = mask && skip_grad;
   Tensor gx =
       writes_gx ? on_large_pages(uninitialized_like(gy)) : uninitialized(gy, {0}, gy.scalar_type());
   Tensor gf = on_large_pages(uninitialized_like(gy));
-  Tensor gaffine = uninitialized(gy, {affine_grad ? 2 : 0, affine_grad ? gy.size(1) : 0}, wide);
+  Tensor gweight = uninitialized(gy, {affine_grad ? gy.size(1) : 0}, wide);
+  Tensor gbias = uninitialized(gy, {affine_grad ? gy.size(1) : 0}, wide);
   Tensor ggate = uninitialized(gy, {gate_grad ? gy.size(0) : 0}, wide);
   launch(BackwardArgs{gy.const_data_ptr(), branch.const_data_ptr(), data_or_null(weights),
-                      data_or_null(biases), data_or_null(gate), data_or_null(means),
-                      data_or_null(vars), data_or_null(losts),
+                      data_or_null(biases), data_or_null(gate), kept.const_data_ptr(),
                       static_cast<const uint8_t*>(data_or_null(bits)),
                       writes_gx ? gx.mutable_data_ptr() : nullptr, gf.mutable_data_ptr(),
-                      affine_grad ? gaffine.mutable_data_ptr() : nullptr,
-                      gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy), shape,
-                      eps, dtype, training},
+                      affine_grad ? gweight.mutable_data_ptr() : nullptr,
+                      affine_grad ? gbias.mutable_data_ptr() : nullptr,
+                      gate_grad ? ggate.mutable_data_ptr() : nullptr, gate_stride(gate, gy, wide),
+                      shape, eps, dtype, training},
          gy);
-  return {gx, gf, gaffine, ggate};
+  return {gx, gf, gweight, gbias, ggate};
 }
 
 #if !defined(FASTRES_CUDA)
@@ -232,7 +236,7 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
   if (!of_mean != !of_var)
     throw py::value_error(numpy::message(kName, "var", "be given with mean", var));
   py::array y = numpy::empty_like(x), sums(wide, std::vector<py::ssize_t>{3, rows}),
-            batch_mean(wide, channels), batch_var(wide, channels), lost(wide, channels);
+            statistics(wide, std::vector<py::ssize_t>{3, channels});
   const Args args{x.data(),
                   f.data(),
                   of_weight,
@@ -240,9 +244,11 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
                   nullptr,
                   y.mutable_data(),
                   sums.mutable_data(),
-                  of_mean ? const_cast<void*>(of_mean) : batch_mean.mutable_data(),
-                  of_var ? const_cast<void*>(of_var) : batch_var.mutable_data(),
-                  of_mean ? nullptr : lost.mutable_data(),
+                  of_mean,
+                  of_var,
+                  nullptr,
+                  statistics.mutable_data(),
+                  nullptr,
                   nullptr,
                   nullptr,
                   nullptr,
@@ -258,7 +264,7 @@ py::tuple on_arrays(const py::object& x_given, const py::object& f_given, const 
     const py::gil_scoped_release released;
     launch(args);
   }
-  return py::make_tuple(y, sums, of_mean ? mean : batch_mean, of_var ? var : batch_var);
+  return py::make_tuple(y, sums, statistics[py::int_(0)], statistics[py::int_(1)]);
 }
 
 const numpy::Entry entry([](py::module_& m) {
@@ -280,13 +286,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "_batch_norm_residual(Tensor? x, Tensor f, Tensor? weight, Tensor? bias, Tensor? mean, "
       "Tensor? var, Tensor? gate, float eps, bool relu, bool masked, Tensor? lost=None, "
-      "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, float momentum=0)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, float momentum=0, "
+      "Tensor(c!)? num_batches_tracked=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_batch_norm_residual_backward(Tensor gy, Tensor? mask, Tensor f, Tensor? weight, "
-      "Tensor? bias, Tensor mean, Tensor var, Tensor? lost, Tensor? gate, float eps, "
+      "Tensor? bias, Tensor statistics, Tensor? gate, float eps, "
       "bool training, bool skip_grad, bool affine_grad, bool gate_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif

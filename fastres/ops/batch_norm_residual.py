@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
-from fastres.ops.batch_norm_residual_rules import FORWARD, BatchNormResidual, composed
+from fastres.ops.batch_norm_residual_rules import FORWARD, composed
+from fastres.ops.batch_norm_residual_straight import (
+    is_transformed,
+    is_writable,
+    straight,
+    with_autograd,
+)
 from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
 from fastres.ops.layout import accumulate
 from fastres.ops.stats import Stats
@@ -86,36 +91,12 @@ def batch_norm_residual(
     }
     if has_torch_function_variadic(x, f):  # a policy watches
         return handle_torch_function(batch_norm_residual, (x, f), *given, **options)
-    if not training and gate is None:
-        found = infer(x, f, running_mean, running_var, weight, bias, relu, eps)
+    if gate is None and x is not None:
+        found = straight(*given[:6], relu, **options)
         if found is not None:
             return found[0], Stats(found[1])
     _check(*given, **options)
     return run(None, *given, **options)
-
-
-def infer(
-    x: Tensor | None,
-    f: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    relu: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Compute y and sums by the raw kernel alone, given the statistics; None where it refuses.
-
-    Of a small image the checks take longer than the kernel.
-    """
-    try:
-        if running_mean is None or not eps >= 0 or not _is_plain(x, f, weight, bias, relu):
-            return None
-        small = (weight, bias, running_mean, running_var, None)
-        y, sums, *_ = FORWARD(x, f, *small, eps, relu, False)
-        return y, sums
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-        return None
 
 
 def reference(*given: Any, add: Add = torch.add, **options: Any) -> tuple[Tensor, Stats]:
@@ -150,25 +131,26 @@ def run(
     wide = accumulate(dtype)
     if gate is not None:
         gate = torch.as_tensor(gate, dtype=wide, device=f.device).expand(f.size(0))
-    statistics = (None, None) if training else (running_mean, running_var)
-    small = [_cast(t, wide) for t in (weight, bias, *statistics)]
+    known = (None, None) if training else (running_mean, running_var)
+    small = [_cast(t, wide) for t in (weight, bias, *known)]
     given: tuple[Any, ...] = (_cast(x, dtype), _cast(f, dtype), *small, gate)
     running = None
     if training:
         running = _count(f, running_mean, running_var, momentum, num_batches_tracked)
-    composes = plain or FORWARD is None or not native.runs_on(f) or _is_composed()
-    written = running if running and not composes and _is_written(*running[:2], wide) else None
+    composes = plain or FORWARD is None or not native.runs_on(f) or is_transformed()
+    written = running if running and not composes and _fits_kernel(*running[:2], wide) else None
     moved = written or (None, None, 0.0)
+    statistics: Any  # mean, variance, ...
     if composes:
-        y, sums, mean, var = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
+        y, sums, statistics = composed(*given, eps, relu, plain or torch.add)  # type: ignore[call-arg]
     elif is_underived(*given):
-        y, sums, mean, var, *_ = FORWARD(*given, eps, relu, False, None, *moved)
+        y, sums, statistics, _ = FORWARD(*given, eps, relu, False, None, *moved)
     else:
-        y, sums, mean, var, *_ = _apply(*given, eps, relu, *moved)
+        y, sums, statistics, _ = with_autograd(*given, eps, relu, moved)
     if written:
         torch.autograd.graph.increment_version(written[:2])
     elif running:
-        _move(f, mean, var, *running)
+        _move(f, statistics[0], statistics[1], *running)
     return y, Stats(sums)
 
 
@@ -185,7 +167,7 @@ def _count(
         momentum = 1 / float(num_batches_tracked) if momentum is None else momentum
     if running_mean is None or running_var is None or momentum is None or not f.numel():
         return None
-    return running_mean, running_var, momentum
+    return running_mean, running_var, float(momentum)
 
 
 def _move(
@@ -194,52 +176,24 @@ def _move(
     """Move the running statistics towards those of the batch, in plain PyTorch."""
     count = f.numel() // f.size(1)
     with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         unbiased = var * (count / (count - 1))
-        batch = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
-        torch._foreach_lerp_([running_mean, running_var], batch, momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
-def _is_written(running_mean: Tensor, running_var: Tensor, wide: torch.dtype) -> bool:
-    """Tell whether the kernel may write running statistics as they are."""
-    return not torch.compiler.is_compiling() and all(
-        t.dtype is wide and t.is_contiguous() and not t.is_inference()
-        for t in (running_mean, running_var)
+def _fits_kernel(running_mean: Tensor, running_var: Tensor, wide: torch.dtype) -> bool:
+    """Tell whether the kernel can move running statistics as they are."""
+    given = (running_mean, running_var)
+    return (
+        not torch.compiler.is_compiling()
+        and is_writable(*given)
+        and all(t.dtype is wide and t.is_contiguous() for t in given)
     )
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Cast what is not of the dtype: a call of `to` that does nothing takes 2 us."""
     return t if t is None or t.dtype is dtype else t.to(dtype)
-
-
-def _is_plain(x: Tensor | None, f: Tensor, weight: Any, bias: Any, relu: bool) -> bool:
-    """Tell whether the raw kernel may run alone: no derivative wanted, and x and f alike."""
-    return (
-        FORWARD is not None
-        and isinstance(relu, bool)
-        and (x is None or x.dtype is f.dtype)
-        and native.runs_on(f)
-        and not f.is_meta
-        and not _is_composed()
-        and not torch.compiler.is_compiling()
-        and is_underived(x, f, weight, bias)
-    )
-
-
-def _is_composed() -> bool:
-    """Tell whether torch transforms what only the plain composition can follow."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    """Run with autograd. Function.apply inspects its signature, 30 us, for functorch's sake."""
-    compiled = torch.compiler.is_compiling()
-    function = BatchNormResidual
-    run: Any = function.apply if compiled else super(torch.autograd.Function, function).apply
-    outputs: tuple[Tensor, ...] = run(*args)
-    return outputs
 
 
 def _check(

@@ -71,15 +71,19 @@ def composed(
     eps: float,
     relu: bool,
     add: Callable[[Tensor, Tensor], Tensor] = torch.add,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute y, sums, mean and variance in plain PyTorch; the last two of f if none are given."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Compute y, sums, mean and variance in plain PyTorch; those of f if none are given."""
     branch = f.to(accumulate(f.dtype))
-    skip = torch.zeros_like(branch) if x is None else x.to(branch.dtype)
     if mean is None or var is None:
         mean, var = moments(branch)
     p = perturbation(branch, weight, bias, mean, var, gate, eps)
-    y = (p if x is None else add(skip, p)).to(f.dtype)
-    return (y.relu() if relu else y), sums_of(skip.detach(), p.detach()), mean, var
+    if x is None:
+        y, sums = p, p.new_empty((3, 0))
+    else:
+        skip = x.to(p.dtype)
+        y, sums = add(skip, p), sums_of(skip.detach(), p.detach())
+    y = y.to(f.dtype)
+    return (y.relu() if relu else y), sums, (mean, var)
 
 
 class BatchNormResidual(torch.autograd.Function):
@@ -90,6 +94,7 @@ class BatchNormResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor | None,
         f: Tensor,
         weight: Tensor | None,
@@ -99,61 +104,63 @@ class BatchNormResidual(torch.autograd.Function):
         gate: Tensor | None,
         eps: float,
         relu: bool,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-    ) -> tuple[Tensor, ...]:
-        """Return y, sums; mean, variance, what rounding took of the mean, if none given; mask."""
-        small, running = (weight, bias, mean, var, gate), (running_mean, running_var, momentum)
-        return tuple(FORWARD(x, f, *small, eps, relu, relu, None, *running))
+        running: tuple[Any, ...],
+        to: list[Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return y, sums, the statistics [3, C] that f is normalised by, and the mask.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep what the derivatives need, and nothing else."""
-        x, f, weight, bias, mean, var, gate, ctx.eps, relu, *_ = inputs
-        y, sums, batch_mean, batch_var, lost, mask = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(sums, batch_mean, batch_var, lost, mask)
-        ctx.training, ctx.strides = mean is None, y.stride()
-        statistics = (batch_mean, batch_var, lost) if mean is None else (mean, var, None)
+        Where these go `to` a list, return y alone: autograd takes some us for each output.
+        """
+        outputs = FORWARD(x, f, weight, bias, mean, var, gate, eps, relu, relu, None, *running)
+        if to is not None:
+            to.extend(outputs)
+        y, sums, statistics, mask = outputs
+        ctx.eps, ctx.training, ctx.strides = eps, mean is None, y.stride()
         recomputes = not torch.compiler.is_compiling() and is_free(x)
-        kept = (mask if relu else None, x if recomputes else None, f, weight, bias, gate)
-        ctx.save_for_backward(*kept, *statistics)
-        ctx.way = Way(_recomputed, (*kept, *statistics)) if recomputes else None
+        skip = x if recomputes else None
+        kept: tuple[Any, ...] = (mask if relu else None, skip, f, weight, bias, statistics, gate)
+        ctx.save_for_backward(*kept)
+        ctx.way = Way(_recomputed, kept) if recomputes else None
+        ctx.set_materialize_grads(False)
+        if to is not None:
+            return y
+        ctx.mark_non_differentiable(sums, statistics, mask)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, f, weight, bias and gate."""
         if gy is None:
-            return (None,) * 12
+            return (None,) * 11
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         ):
             gx, gf, gweight, gbias, ggate = _composed_backward(ctx, gy)
             gx = gx if ctx.needs_input_grad[0] else None
-            return gx, gf, gweight, gbias, None, None, ggate, *(None,) * 5
-        mask, _, f, weight, bias, gate, mean, var, lost = ctx.saved_tensors
+            return gx, gf, gweight, gbias, None, None, ggate, *(None,) * 4
+        mask, _, f, weight, bias, statistics, gate = ctx.saved_tensors
         skip, _, scaled, shifted, _, _, gated, *_ = ctx.needs_input_grad
         gy = in_layout(gy, ctx.strides)
-        gx, gf, gaffine, ggate = BACKWARD(
-            *(gy, mask, f, weight, bias, mean, var, lost, gate),
+        gx, gf, gweight, gbias, ggate = BACKWARD(
+            *(gy, mask, f, weight, bias, statistics, gate),
             *(ctx.eps, ctx.training, skip, scaled or shifted, gated),
         )
         return (
             (gy if mask is None else gx) if skip else None,
             gf,
-            gaffine[0] if scaled else None,
-            gaffine[1] if shifted else None,
+            gweight if scaled else None,
+            gbias if shifted else None,
             None,
             None,
             ggate if gated else None,
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
-def _recomputed(ctx: Any, kept: tuple[Tensor | None, ...]) -> Tensor:
+def _recomputed(ctx: Any, kept: tuple[Any, ...]) -> Tensor:
     """Return y again."""
-    _, x, f, weight, bias, gate, mean, var, lost = kept
+    _, x, f, weight, bias, statistics, gate = kept
+    mean, var, lost = statistics.unbind()
     given = (x, f, weight, bias, mean, var, gate, ctx.eps, kept[0] is not None, False)
     y: Tensor = FORWARD(*given, lost)[0]
     return y
@@ -161,7 +168,8 @@ def _recomputed(ctx: Any, kept: tuple[Tensor | None, ...]) -> Tensor:
 
 def _composed_backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the plain composition, so that the gradients can be differentiated again."""
-    mask, _, f, weight, bias, gate, mean, var, _ = ctx.saved_tensors
+    mask, _, f, weight, bias, statistics, gate = ctx.saved_tensors
+    mean, var, _ = statistics.unbind()
     dtype, wide = gy.dtype, accumulate(gy.dtype)
     g = gy
     if mask is not None:
@@ -202,17 +210,17 @@ def _fake(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs in the right shape, dtype and layout, without values."""
     wide = accumulate(f.dtype)
     y = empty_with_lines(f if x is None else x, f)
     lines, length = lines_of(y, y.stride())
-    count = f.size(1) if mean is None else 0
     size = (f.size(0), lines * ((length + 7) // 8)) if masked else (0, 0)
     return (
         y,
-        f.new_empty((3, f.size(0)), dtype=wide),
-        *(f.new_empty(count, dtype=wide) for _ in range(3)),
+        f.new_empty((3, 0 if x is None else f.size(0)), dtype=wide),
+        f.new_empty((3, f.size(1)), dtype=wide),
         f.new_empty(size, dtype=torch.uint8),
     )
 
@@ -223,21 +231,20 @@ def _fake_backward(
     f: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    lost: Tensor | None,
+    statistics: Tensor,
     gate: Tensor | None,
     eps: float,
     training: bool,
     skip_grad: bool,
     affine_grad: bool,
     gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     wide = accumulate(gy.dtype)
+    channels = gy.size(1) if affine_grad else 0
     return (
         torch.empty_like(gy) if mask is not None and skip_grad else gy.new_empty(0),
         torch.empty_like(gy),
-        gy.new_empty((2, gy.size(1)) if affine_grad else (0, 0), dtype=wide),
+        *(gy.new_empty(channels, dtype=wide) for _ in range(2)),
         gy.new_empty(gy.size(0) if gate_grad else 0, dtype=wide),
     )
 

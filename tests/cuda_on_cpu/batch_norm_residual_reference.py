@@ -110,7 +110,6 @@ def exact_forward(case: Case, given: Inputs) -> dict[str, Array]:
     gate = np.ones(1) if given.gate is None else given.gate.astype(np.float64)
     p = gate[:, None, None] * n
     sums = np.stack([(x * x).sum((1, 2)), (p * p).sum((1, 2)), (x * p).sum((1, 2))])
-    sums *= case.skip
     scale = np.stack([sums[0], sums[1], np.abs(x * p).sum((1, 2))])
     return {"y": x + p, "p": p, "sums": sums, "scale": scale, "mean": mean, "var": var,
             "root": root, "center": center, "n": n, "gate": gate[:, None, None]}  # fmt: skip
@@ -119,7 +118,7 @@ def exact_forward(case: Case, given: Inputs) -> dict[str, Array]:
 def exact_backward(
     case: Case, given: Inputs, keep: Array, forward: dict[str, Array]
 ) -> dict[str, Array]:
-    """Return gx, gf, gaffine and ggate; keep [rows, C, S] is where the ReLU is open."""
+    """Return gx, gf, gweight, gbias and ggate; keep [rows, C, S] is where the ReLU is open."""
     count = max(case.rows * case.places, 1)
     g = np.where(keep, ELEMENTS[case.index].widen(given.gy).astype(np.float64), 0)
     gated, center, root = g * forward["gate"], forward["center"], forward["root"]
@@ -128,5 +127,5 @@ def exact_backward(
     if case.training:
         gf = gated - of_g[:, None] / count - center * (of_f / (count * root**2))[:, None]
     gf = gf * column(given.weight, 1) / root[:, None]
-    gaffine = np.stack([of_f / root, of_g])
-    return {"gx": g, "gf": gf, "gaffine": gaffine, "ggate": (g * forward["n"]).sum((1, 2))}
+    ggate = (g * forward["n"]).sum((1, 2))
+    return {"gx": g, "gf": gf, "gweight": of_f / root, "gbias": of_g, "ggate": ggate}
