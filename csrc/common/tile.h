@@ -169,6 +169,27 @@ template <class T> struct Stored {  // float, double: no conversion
 
 template <> struct Stored<BFloat16> {
   using A = float;
+#if defined(__AVX512F__)  // gcc would widen and narrow in halves
+  FASTRES_HD static Tile<A> load(const BFloat16* p) {
+    __m256i h;
+    std::memcpy(&h, p, sizeof h);
+    const __m512i w = _mm512_maskz_cvtepu16_epi32(0xffff, h);
+    return {{(Tile<A>::Vector)_mm512_maskz_slli_epi32(0xffff, w, 16) }};
+  }
+  FASTRES_HD static void store(BFloat16* p, const Tile<A>& t) {
+    const __m512i w = (__m512i)t.v[0];
+    const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, w, 16), all(1));
+    const __m512i rounded = _mm512_add_epi32(w, _mm512_add_epi32(last, all(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)w, (__m512)w, _CMP_UNORD_Q);
+    const __m512i bits = _mm512_mask_mov_epi32(rounded, nan, all(0x7fc00000));
+    const __m256i h =
+        _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, bits, 16));
+    std::memcpy(p, &h, sizeof h);
+  }
+
+ private:
+  FASTRES_HD static __m512i all(int32_t value) { return _mm512_set1_epi32(value); }
+#else
   static constexpr int kWidth = Tile<A>::kWidth;
   using Words = typename VectorOf<uint32_t>::type;
   using Halves = typename Packed<uint16_t, kWidth>::type;
@@ -188,6 +209,7 @@ template <> struct Stored<BFloat16> {
       std::memcpy(p + i * kWidth, &h, sizeof h);
     }
   }
+#endif
 };
 
 template <> struct Stored<Float16> {
