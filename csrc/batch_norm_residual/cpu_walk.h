@@ -123,61 +123,68 @@ FASTRES_HD void for_each_tile(const Shape& s, const Run& run,
   fold(even, odd);
 }
 
-// kSums sums of a channel; two accumulators of each, as in for_each_tile.
-template <int kSums> struct Pair {
-  Tile<double> even[kSums] = {}, odd[kSums] = {};
-  FASTRES_HD Tile<double> total(int k) const { return even[k] + odd[k]; }
-};
+// So many tiles side by side are read at once: their sums fill the registers that there are, in
+// chains enough.
+constexpr int kGroup = kVectorBytes == 64 ? 4 : 1;
 
 // Adds kSums sums of each channel over a run to its slot, [kSums, padded]. tile(i, mask_at, n,
-// channel, sums) adds those of a tile. Lines that cross all channels are done 32 at a time, so that
-// a slot is read and written once for 32 tiles.
-template <int kSums, class A, bool kPixels, int kCount, class OneTile>
+// channel, sums) adds those of a tile. Lines of pixels cross all channels: 32 of them are done at a
+// time, so that a slot is read and written once for 32 tiles.
+template <int kSums, class A, int kCount, class OneTile>
 FASTRES_HD void add_channel_sums(const Shape& s, const Run& run,
-                                 const Table<A, kPixels, kCount>& table, double* slot,
+                                 const Table<A, true, kCount>& table, double* slot,
                                  const OneTile& tile) {
   const int64_t length = s.length(), mask_length = ceil_div(length, 8), stride = padded(s.channels);
-  Tile<A> channel[kCount];
-  if constexpr (kPixels) {
-    for (int64_t top = run.first; top < run.last; top += 32) {
-      const int64_t bottom = std::min<int64_t>(top + 32, run.last);
-      for (int64_t c = 0; c < length; c += kLanes) {
-        table.tile(c, channel);
-        const int64_t n = std::min<int64_t>(kLanes, length - c);
-        auto lines = [&](auto n) __attribute__((always_inline)) {
-          Pair<kSums> sums;
-          int64_t i = top * length + c, mask_at = top * mask_length + c / 8, line = top;
-          for (; line + 2 <= bottom; line += 2, i += 2 * length, mask_at += 2 * mask_length) {
-            tile(i, mask_at, n, channel, sums.even);
-            tile(i + length, mask_at + mask_length, n, channel, sums.odd);
-          }
-          if (line < bottom) tile(i, mask_at, n, channel, sums.even);
-          for (int k = 0; k < kSums; ++k) {
-            double* to = slot + k * stride + c;
-            Stored<double>::store(to, Stored<double>::load(to) + sums.total(k));
-          }
-        };
-        if (n == kLanes) lines(std::integral_constant<int64_t, kLanes>());
-        else lines(n);
-      }
+  for (int64_t top = run.first; top < run.last; top += 32) {
+    const int64_t bottom = std::min<int64_t>(top + 32, run.last);
+    int64_t c = 0;
+    auto add = [&](auto tiles, auto n) __attribute__((always_inline)) {
+      constexpr int kTiles = decltype(tiles)::value;
+      Tile<A> channel[kTiles][kCount];
+      Tile<double> sums[kTiles][kSums] = {};
+      for (int t = 0; t < kTiles; ++t) table.tile(c + t * kLanes, channel[t]);
+      for (int64_t line = top; line < bottom; ++line)
+        for (int t = 0; t < kTiles; ++t)
+          tile(line * length + c + t * kLanes, line * mask_length + c / 8 + t * (kLanes / 8), n,
+               channel[t], sums[t]);
+      for (int t = 0; t < kTiles; ++t)
+        for (int k = 0; k < kSums; ++k) {
+          double* to = slot + k * stride + c + t * kLanes;
+          Stored<double>::store(to, Stored<double>::load(to) + sums[t][k]);
+        }
+      c += kTiles * kLanes;
+    };
+    constexpr std::integral_constant<int, kGroup> group;
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int64_t, kLanes> whole;
+    while (c + kGroup * kLanes <= length) add(group, whole);
+    while (c + kLanes <= length) add(one, whole);
+    if (c < length) add(one, length - c);
+  }
+}
+
+// Of planes: a line is one channel, whose sums have two accumulators each, as in for_each_tile.
+template <int kSums, class A, int kCount, class OneTile>
+FASTRES_HD void add_channel_sums(const Shape& s, const Run& run,
+                                 const Table<A, false, kCount>& table, double* slot,
+                                 const OneTile& tile) {
+  const int64_t length = s.length(), mask_length = ceil_div(length, 8), stride = padded(s.channels);
+  for (int64_t line = run.first; line < run.last; ++line) {
+    Tile<A> channel[kCount];
+    table.line(line, channel);
+    Tile<double> even[kSums] = {}, odd[kSums] = {};
+    const int64_t i = line * length, mask_at = line * mask_length;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= length; c += 2 * kLanes) {
+      tile(i + c, mask_at + c / 8, kLanes, channel, even);
+      tile(i + c + kLanes, mask_at + c / 8 + kLanes / 8, kLanes, channel, odd);
     }
-  } else {
-    for (int64_t line = run.first; line < run.last; ++line) {
-      table.line(line, channel);
-      Pair<kSums> sums;
-      const int64_t i = line * length, mask_at = line * mask_length;
-      int64_t c = 0;
-      for (; c + 2 * kLanes <= length; c += 2 * kLanes) {
-        tile(i + c, mask_at + c / 8, kLanes, channel, sums.even);
-        tile(i + c + kLanes, mask_at + c / 8 + kLanes / 8, kLanes, channel, sums.odd);
-      }
-      if (c + kLanes <= length) {
-        tile(i + c, mask_at + c / 8, kLanes, channel, sums.even);
-        c += kLanes;
-      }
-      if (c < length) tile(i + c, mask_at + c / 8, length - c, channel, sums.odd);
-      for (int k = 0; k < kSums; ++k) slot[k * stride + line] += sums.total(k).sum();
+    if (c + kLanes <= length) {
+      tile(i + c, mask_at + c / 8, kLanes, channel, even);
+      c += kLanes;
     }
+    if (c < length) tile(i + c, mask_at + c / 8, length - c, channel, odd);
+    for (int k = 0; k < kSums; ++k) slot[k * stride + line] += (even[k] + odd[k]).sum();
   }
 }
 
