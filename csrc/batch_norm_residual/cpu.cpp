@@ -18,7 +18,7 @@ void moments_of(const Args& a, const Run& run, const void* table, double* slot) 
   add_channel_sums<2>(a.shape, run, Table<A, kPixels, 1>(a.shape, table), slot,
                       [&](int64_t i, int64_t, int64_t n, const Tile<A>(&pivot)[1],
                           Tile<double>(&sum)[2]) __attribute__((always_inline)) {
-                        const Tile<double> d = widen(first(n, load(f + i, n) - pivot[0]));
+                        const Tile<double> d = widen(first(n, load_ahead(f + i, n) - pivot[0]));
                         sum[0] += d;
                         sum[1] += d * d;
                       });
@@ -38,10 +38,10 @@ Sums<double> forward_run(const Args& a, const Run& run, const void* table) {
       [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[3], Sums<Tile<A>>& sums)
           __attribute__((always_inline)) {
             const Norm<Tile<A>> norm{c[kMean], c[kScale], c[kBias]};
-            const Tile<A> p = first(n, gate * norm(load(f + i, n)));
+            const Tile<A> p = first(n, gate * norm(load_ahead(f + i, n)));
             Tile<A> sum = p;
             if constexpr (kSkip) {
-              const Tile<A> skip = load(x + i, n);
+              const Tile<A> skip = load_ahead(x + i, n);
               sums.add(skip, p);
               sum = skip + p;
             }
@@ -50,7 +50,7 @@ Sums<double> forward_run(const Args& a, const Run& run, const void* table) {
               sum = select(bits, sum);
               if (mask) std::memcpy(mask + mask_at, &bits, ceil_div(n, 8));
             }
-            store(y + i, sum, n);
+            store_ahead(y + i, sum, n);
           },
       [&](const Sums<Tile<A>>& even, const Sums<Tile<A>>& odd) __attribute__((always_inline)) {
         total.skip_sq += (even.skip_sq + odd.skip_sq).sum();
@@ -67,7 +67,7 @@ template <class T> struct Cotangent {
   Cotangent(const BackwardArgs& a, const Run& run)
       : gy(offset<T>(a.gy, run.at(a.shape))), mask(offset<uint8_t>(a.mask, run.mask_at(a.shape))) {}
   FASTRES_HD auto operator()(int64_t i, int64_t mask_at, int64_t n) const {
-    const auto g = load(gy + i, n);
+    const auto g = load_ahead(gy + i, n);
     if (!mask) return g;
     uint16_t bits = 0;
     std::memcpy(&bits, mask + mask_at, ceil_div(n, 8));
@@ -86,14 +86,14 @@ double reduce_run(const BackwardArgs& a, const Run& run, const void* table, doub
   Tile<double> ggate{};
   add_channel_sums<2>(
       a.shape, run, Table<A, kPixels, 3>(a.shape, table), slot,
-      [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[3], Tile<double>(&sum)[2])
-          __attribute__((always_inline)) {
-            const Tile<A> g = cotangent(i, mask_at, n), branch = load(f + i, n), gated = gate * g;
-            sum[0] += widen(gated);
-            sum[1] += widen(first(n, gated * (branch - c[kMean])));
-            if (wants_gate)
-              ggate += widen(first(n, g * Norm<Tile<A>>{c[kMean], c[kScale], c[kBias]}(branch)));
-          });
+      [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[3],
+          Tile<double>(&sum)[2]) __attribute__((always_inline)) {
+        const Tile<A> g = cotangent(i, mask_at, n), branch = load_ahead(f + i, n), gated = gate * g;
+        sum[0] += widen(gated);
+        sum[1] += widen(first(n, gated * (branch - c[kMean])));
+        if (wants_gate)
+          ggate += widen(first(n, g * Norm<Tile<A>>{c[kMean], c[kScale], c[kBias]}(branch)));
+      });
   return ggate.sum();
 }
 
@@ -107,13 +107,14 @@ void backward_run(const BackwardArgs& a, const Run& run, const void* table) {
   const A gate = gate_of<A>(a, run.row);
   for_each_tile<None>(
       a.shape, run, Table<A, kPixels, kEntries>(a.shape, table),
-      [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[kEntries], None&)
-          __attribute__((always_inline)) {
-            const Tile<A> g = cotangent(i, mask_at, n);
-            if (gx) store(gx + i, g, n);
-            const Pull<Tile<A>> pull{c[kMean], c[kScale], c[kPerG], c[kPerF]};
-            store(gf + i, kTraining ? pull(gate * g, load(f + i, n)) : c[kScale] * (gate * g), n);
-          },
+      [&](int64_t i, int64_t mask_at, int64_t n, const Tile<A>(&c)[kEntries],
+          None&) __attribute__((always_inline)) {
+        const Tile<A> g = cotangent(i, mask_at, n);
+        if (gx) store_ahead(gx + i, g, n);
+        const Pull<Tile<A>> pull{c[kMean], c[kScale], c[kPerG], c[kPerF]};
+        store_ahead(gf + i,
+                    kTraining ? pull(gate * g, load_ahead(f + i, n)) : c[kScale] * (gate * g), n);
+      },
       [](const None&, const None&) {});
 }
 

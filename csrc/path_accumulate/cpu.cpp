@@ -18,12 +18,12 @@ Sums<double> accumulate_segment(const Line<T, A>& line, int64_t begin, int64_t s
       size,
       [&](int64_t at, int64_t n, Sums<Tile>& sums) __attribute__((always_inline)) {
         const int64_t c = begin + at;
-        Tile sum = line.skip ? load(line.skip + c, n) : Tile{};
-        if (line.from) sum += line.power * load(line.from + c, n);
-        if (line.own) sum += load(line.own + c, n);
+        Tile sum = line.skip ? load_ahead(line.skip + c, n) : Tile{};
+        if (line.from) sum += line.power * load_ahead(line.from + c, n);
+        if (line.own) sum += load_ahead(line.own + c, n);
         sums.square += sum * sum;
-        if (line.gradient) sums.dot += sum * load(line.gradient + c, n);
-        store(line.out + c, sum, n);
+        if (line.gradient) sums.dot += sum * load_ahead(line.gradient + c, n);
+        store_ahead(line.out + c, sum, n);
       },
       [&](const Sums<Tile>& even, const Sums<Tile>& odd) __attribute__((always_inline)) {
         total.square += (even.square + odd.square).sum();

@@ -32,7 +32,7 @@ Sums<double> forward_segment(const Args& a, const Segment& s) {
   for_each_tile<Sums<Tile>>(
       s.size,
       [&](int64_t c, int64_t n, Sums<Tile>& sums) __attribute__((always_inline)) {
-        const Tile skip = load(x + c, n), branch = load(f + c, n),
+        const Tile skip = load_ahead(x + c, n), branch = load_ahead(f + c, n),
                    p = kGated ? gate * branch : branch;
         sums.add(skip, p);
         Tile sum = skip + p;
@@ -41,7 +41,7 @@ Sums<double> forward_segment(const Args& a, const Segment& s) {
           sum = select(bits, sum);
           if (mask) std::memcpy(mask + c / 8, &bits, ceil_div(n, 8));
         }
-        store(y + c, sum, n);
+        store_ahead(y + c, sum, n);
       },
       [&](const Sums<Tile>& even, const Sums<Tile>& odd) __attribute__((always_inline)) {
         total.skip_sq += (even.skip_sq + odd.skip_sq).sum();
@@ -70,7 +70,7 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
   for_each_tile<Tile>(
       s.size,
       [&](int64_t c, int64_t n, Tile& gate_grad) __attribute__((always_inline)) {
-        Tile g = gy ? load(gy + c, n) : Tile{};
+        Tile g = gy ? load_ahead(gy + c, n) : Tile{};
         if (mask) {
           uint16_t bits = 0;
           std::memcpy(&bits, mask + c / 8, ceil_div(n, 8));
@@ -78,13 +78,13 @@ template <class T> double backward_segment(const BackwardArgs& a, const Segment&
         }
         Tile gp = g;
         if (a.gs) {
-          const Tile skip = load(x + c, n), p = gate * load(f + c, n);
+          const Tile skip = load_ahead(x + c, n), p = gate * load_ahead(f + c, n);
           gp = sums.perturbation(g, skip, p);
           g = sums.skip(g, skip, p);
         }
-        if (wants_gate) gate_grad += gp * load(f + c, n);
-        if (gx) store(gx + c, g, n);
-        if (gf) store(gf + c, gate * gp, n);
+        if (wants_gate) gate_grad += gp * load_ahead(f + c, n);
+        if (gx) store_ahead(gx + c, g, n);
+        if (gf) store_ahead(gf + c, gate * gp, n);
       },
       [&](const Tile& even, const Tile& odd)
           __attribute__((always_inline)) { total += (even + odd).sum(); });
