@@ -2,7 +2,8 @@
 
 y = x + f with ||x||^2, ||f||^2, <x, f> per sample needs two reads and one write, as a bare x + f
 does: 3 passes over B*N elements, and 12 bytes per sample. By bytes, out of cache, fastres should
-take the time of the bare add, and be faster than
+take the time of the bare add (on a CPU less: it asks ahead for the lines that it writes, for which
+other stores wait), and be faster than
 
     eager norms   9/3 = 3.0x   add 3, vector_norm 1 + 1, multiply 3, sum 1; also `eager rounded`
     eager sums   13/3 = 4.3x   add 3, x*x 2 + 1, f*f 2 + 1, x*f 3 + 1
