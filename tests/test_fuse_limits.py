@@ -179,11 +179,11 @@ def test_hooks_on_every_module_are_called():
         lambda block: setattr(block.bn2, "eps", 0.5),
         lambda block: setattr(block.bn2, "track_running_stats", False),
         lambda block: block.bn2.eval(),
-        lambda block: setattr(block, "bn2", nn.BatchNorm2d(8, affine=False)),
-        lambda block: setattr(block, "bn2", nn.BatchNorm2d(8, track_running_stats=False)),
+        lambda block: setattr(block, "bn2", nn.BatchNorm2d(16, affine=False)),
+        lambda block: setattr(block, "bn2", nn.BatchNorm2d(16, track_running_stats=False)),
         lambda block: setattr(block, "bn2", nn.Identity()),
-        lambda block: block._modules.update(bn2=nn.GroupNorm(2, 8)),
-        lambda block: setattr(block, "shortcut", nn.Conv2d(4, 8, 3, 2, 1)),
+        lambda block: block._modules.update(bn2=nn.GroupNorm(2, 16)),
+        lambda block: setattr(block, "shortcut", nn.Conv2d(8, 16, 3, 2, 1)),
         lambda block: nn.utils.parametrize.register_parametrization(
             block.bn2, "weight", nn.Softplus()
         ),
@@ -243,7 +243,7 @@ def test_shapes_that_broadcast_and_wrong_inputs_go_the_way_of_the_model():
     torch.testing.assert_close(fused(images()), plain(images()))
     for model in (plain, fused):
         with pytest.raises(ValueError, match="expected 4D input"):
-            model[3].bn2.train(), model[3](torch.randn(8, 8, 8))
+            model[3].bn2.train(), model[3](torch.randn(16, 8, 8))
 
 
 def test_a_model_without_blocks_is_left():
