@@ -47,8 +47,8 @@ Sums<double> forward_run(const Args& a, const Run& run, const void* table) {
             }
             if constexpr (kRelu) {
               const uint16_t bits = positive_bits(sum) & ((1u << n) - 1);
-              sum = select(bits, sum);
               if (mask) std::memcpy(mask + mask_at, &bits, ceil_div(n, 8));
+              sum = positive_part(sum);
             }
             store_ahead(y + i, sum, n);
           },

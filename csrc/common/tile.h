@@ -117,6 +117,11 @@ template <class A> FASTRES_HD uint16_t positive_bits(const Tile<A>& t) {
   return static_cast<uint16_t>(bits);
 }
 
+// ReLU, of the same lanes.
+template <class A> FASTRES_HD Tile<A> positive_part(const Tile<A>& t) {
+  return Tile<A>::map([&](int i) { return t.v[i] <= 0 ? typename Tile<A>::Vector{} : t.v[i]; });
+}
+
 // Lanes whose bit is set, 0 elsewhere.
 template <class A> FASTRES_HD Tile<A> select(uint16_t bits, const Tile<A>& t) {
 #if defined(__AVX512F__)
@@ -169,47 +174,47 @@ template <class T> struct Stored {  // float, double: no conversion
 
 template <> struct Stored<BFloat16> {
   using A = float;
-#if defined(__AVX512F__)  // gcc would widen and narrow in halves
-  FASTRES_HD static Tile<A> load(const BFloat16* p) {
-    __m256i h;
-    std::memcpy(&h, p, sizeof h);
-    const __m512i w = _mm512_maskz_cvtepu16_epi32(0xffff, h);
-    return {{(Tile<A>::Vector)_mm512_maskz_slli_epi32(0xffff, w, 16) }};
-  }
-  FASTRES_HD static void store(BFloat16* p, const Tile<A>& t) {
-    const __m512i w = (__m512i)t.v[0];
-    const __m512i last = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, w, 16), all(1));
-    const __m512i rounded = _mm512_add_epi32(w, _mm512_add_epi32(last, all(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)w, (__m512)w, _CMP_UNORD_Q);
-    const __m512i bits = _mm512_mask_mov_epi32(rounded, nan, all(0x7fc00000));
-    const __m256i h =
-        _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, bits, 16));
-    std::memcpy(p, &h, sizeof h);
-  }
-
- private:
-  FASTRES_HD static __m512i all(int32_t value) { return _mm512_set1_epi32(value); }
-#else
   static constexpr int kWidth = Tile<A>::kWidth;
   using Words = typename VectorOf<uint32_t>::type;
   using Halves = typename Packed<uint16_t, kWidth>::type;
+
   FASTRES_HD static Tile<A> load(const BFloat16* p) {
     return Tile<A>::map([&](int i) {
       Halves h;
       std::memcpy(&h, p + i * kWidth, sizeof h);
-      return (Tile<A>::Vector)(__builtin_convertvector(h, Words) << 16);
+      return (Tile<A>::Vector)(widen(h) << 16);
     });
   }
   FASTRES_HD static void store(BFloat16* p, const Tile<A>& t) {
     for (int i = 0; i < Tile<A>::kCount; ++i) {
-      const Words w = (Words)t.v[i];
-      const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-      const Words nan = (Words)(t.v[i] != t.v[i]);
-      const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+      const Words w = (Words)t.v[i], nan = Words{} + 0x7fc00000;
+      const Words rounded = t.v[i] != t.v[i] ? nan : w + 0x7fff + ((w >> 16) & 1);
+      const Halves h = narrow(rounded >> 16);
       std::memcpy(p + i * kWidth, &h, sizeof h);
     }
   }
+
+ private:
+  // By hand, as gcc would do both in halves of a register.
+  FASTRES_HD static Words widen(const Halves& h) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, Words);
 #endif
+  }
+  FASTRES_HD static Halves narrow(const Words& w) {
+#if defined(__AVX512F__)
+    return (Halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)w);
+#elif defined(__AVX2__)
+    return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)w),
+                                    _mm256_extracti128_si256((__m256i)w, 1));
+#else
+    return __builtin_convertvector(w, Halves);
+#endif
+  }
 };
 
 template <> struct Stored<Float16> {

@@ -85,11 +85,9 @@ template <class A> struct Math<FASTRES_ISA::Tile<A>> {
   FASTRES_HD static Tile of(A v) {
     return Tile::map([&](int) { return v + Vector{}; });
   }
-  FASTRES_HD static Tile positive_part(const Tile& t) {
-    return FASTRES_ISA::select(FASTRES_ISA::positive_bits(t), t);
-  }
+  FASTRES_HD static Tile positive_part(const Tile& t) { return FASTRES_ISA::positive_part(t); }
   FASTRES_HD static Tile is_positive(const Tile& t) {
-    return FASTRES_ISA::select(FASTRES_ISA::positive_bits(t), of(1));
+    return Tile::map([&](int i) { return t.v[i] <= 0 ? Vector{} : Vector{} + 1; });
   }
   FASTRES_HD static Tile exp(const Tile& t) {
     if constexpr (sizeof(A) == 4)

@@ -38,8 +38,8 @@ Sums<double> forward_segment(const Args& a, const Segment& s) {
         Tile sum = skip + p;
         if constexpr (kRelu) {
           const uint16_t bits = positive_bits(sum) & ((1u << n) - 1);
-          sum = select(bits, sum);
           if (mask) std::memcpy(mask + c / 8, &bits, ceil_div(n, 8));
+          sum = positive_part(sum);
         }
         store_ahead(y + c, sum, n);
       },
