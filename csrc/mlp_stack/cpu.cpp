@@ -33,7 +33,6 @@ void run_forward(const Args& a, int64_t row, int64_t rows, void* buffer, Member*
     using T = decltype(t);
     constexpr bool kSeveral = kWide<typename Stored<T>::A> > 1;  // groups find registers
     if (batch == 1) Few<T, 1, 1>(a, row, rows, buffer, members).run(member);
-    else if (batch > kFour && !kSeveral) run<Forward>(a, row, rows, buffer, members, member);
     else if (rows > 2 * kFour)
       Few<T, kFour, kSeveral ? 4 : 1>(a, row, rows, buffer, members).run(member);
     else if (rows > kFour)

@@ -72,12 +72,15 @@ inline bool can_be_followed(const BackwardArgs& a, int64_t threads) {
 }
 
 // Samples that threads do not share out among them, going up. Few of which no team pays are shared
-// out by fours, if there is half a million multiply-adds to wake a thread for.
+// out by fours, if there is half a million multiply-adds to wake a thread for. Without AVX-512 a
+// product takes 16 at a time, and those of two tiles need not wait for each other.
 inline int64_t forward_step(const Args& a) {
   const Shape& s = a.shape;
   if (in_pairs(s)) return pays_to_share_up(s) ? kLargestGroup : kLargestGroup / 2;
-  if (!are_few(s) || pays_to_meet(s)) return kLargestGroup;
-  return (a.last - a.first) * s.width * s.hidden * s.batch < 1 << 19 ? kMostFew : kFour;
+  if (are_few(s) && !pays_to_meet(s))
+    return (a.last - a.first) * s.width * s.hidden * s.batch < 1 << 19 ? kMostFew : kFour;
+  const bool halved = isa() <= Isa::kAvx2 && s.batch <= kLargestGroup && !pays_to_share_up(s);
+  return halved ? kLargestGroup / 2 : kLargestGroup;
 }
 
 // Threads that share one tile, where that pays, or 1.
