@@ -1,7 +1,7 @@
 // tile: 16 numbers of an accumulate type in vector registers, and how they are loaded from and
 // stored to tensors. One source for every instruction set: cpu.cpp files are compiled once per set
-// with FASTRES_ISA naming the namespace. 16 lanes everywhere, so that sums have one order and a
-// tile's comparison is one uint16_t.
+// with FASTRES_ISA naming the namespace. 16 lanes everywhere, so that the sum of a tile has one
+// order and its comparison is one uint16_t.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fastres.ops import native
 from fastres.ops.batch_norm_residual_rules import FORWARD, BatchNormResidual
-from fastres.ops.calls import is_underived
+from fastres.ops.calls import is_underived, plain_apply
 from fastres.ops.layout import accumulate
 
 _PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, type(None)})
@@ -96,8 +96,7 @@ def is_writable(*given: Tensor | None) -> bool:
         return False
 
 
-# Function.apply inspects its signature, 30 us, for functorch's sake.
-_apply: Final[Any] = super(torch.autograd.Function, BatchNormResidual).apply
+_apply: Final = plain_apply(BatchNormResidual)
 
 
 def with_autograd(*args: Any) -> tuple[Tensor, ...]:

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
-from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
+from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived, plain_apply
 from fastres.ops.layout import DTYPES, accumulate, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
 
-# Function.apply inspects the signature of forward, 30 us a call, for functorch's sake.
-_apply: Final[Any] = super(torch.autograd.Function, EagerResidualAdd).apply
+_apply: Final = plain_apply(EagerResidualAdd)
 _is_transformed: Final = torch._C._are_functorch_transforms_active
 
 
