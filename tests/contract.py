@@ -1,6 +1,8 @@
 """contract: what every fused operator promises; a test class names an op and inherits it."""
 
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -31,6 +33,15 @@ class Sample:
 
         return tree_map(move, self.args), self.kwargs
 
+    def draws(self):
+        """The call with its own numbers, and with larger ones that round otherwise."""
+        for k in range(16, 24):
+            yield Sample(self.name, tree_map(partial(_scaled, k / 16), self.args), self.kwargs)
+
+
+def _scaled(factor, t):
+    return t * factor if isinstance(t, torch.Tensor) and factor != 1 else t
+
 
 def leaves(result):
     return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
@@ -59,7 +70,8 @@ def largest_error_of(result, exact):
 
 def _size_of_terms(part):
     if isinstance(part, Stats):
-        return (part.skip_sq * part.branch_sq).sqrt().unsqueeze(-2)
+        of_dot = (part.skip_sq * part.branch_sq).sqrt()
+        return torch.stack([torch.zeros_like(of_dot)] * 2 + [of_dot], -2)
     return 0.0
 
 
@@ -93,18 +105,22 @@ class OpContract:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_is_no_less_exact_than_twice_eager(self, device, dtype):
+        unit = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
         for sample in self.samples():
-            args, kwargs = sample.to(device, dtype)
-            ours = type(self).op(*args, **kwargs)
-            eager = self.in_eager(*args, **kwargs)
-            wide = tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, args)
-            exact = type(self).reference(*wide, **kwargs)
-            unit = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
-            bound = 2 * max(largest_error_of(eager, exact), unit)
-            assert largest_error_of(ours, exact) <= bound, sample.name
-            ours, eager = leaves(ours), leaves(eager)
-            assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in eager]
-            assert not ours[0].numel() or ours[0].stride() == eager[0].stride(), sample.name
+            errors = []
+            for draw in sample.draws():  # several, as of few numbers some are lucky
+                args, kwargs = draw.to(device, dtype)
+                ours = type(self).op(*args, **kwargs)
+                eager = self.in_eager(*args, **kwargs)
+                wide = tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, args)
+                exact = type(self).reference(*wide, **kwargs)
+                found = largest_error_of(ours, exact), max(largest_error_of(eager, exact), unit)
+                errors.append(found)
+                ours, eager = leaves(ours), leaves(eager)
+                assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in eager]
+                assert not ours[0].numel() or ours[0].stride() == eager[0].stride(), sample.name
+            of_ours, of_eager = map(mean, zip(*errors, strict=True))
+            assert of_ours <= 2 * of_eager, sample.name
 
     def test_gradients_are_right_twice(self, device):
         for sample in self.samples():
