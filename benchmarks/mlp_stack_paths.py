@@ -2,10 +2,11 @@
 
 The shapes are [L, B, D]: blocks, batch and width, with H = D and ReLU. All L + 1 lengths take
 2 L (L + 1) B D^2 operations behind the forward pass's 4 L B D^2, in L (L + 1) / 2 steps of two
-products of [B, D] and [D, D] each. The limit is that at the rate of the best matrix product
-(`limits.peaks`). All baselines get the derivatives of the activations, and return all lengths; none
-takes norms or inner products or keeps its numbers in range, as fastres does. Weights are drawn so
-that float32 holds all lengths.
+products of [B, D] and [D, D] each; a ReLU closes half of the hidden features of a sample, and half
+of these operations multiply by 0. The limit is that of the other half at the rate of the best
+matrix product (`limits.peaks`). All baselines get the derivatives of the activations, and return
+all lengths; none takes norms or inner products or keeps its numbers in range, as fastres does.
+Weights are drawn so that float32 holds all lengths.
 
     in place    per block two products of all lengths so far with the weights, the second one added
                 to the rows one length up: the fewest calls that torch needs
@@ -15,10 +16,11 @@ that float32 holds all lengths.
 "K = 32" keeps 32 lengths and the exact tail; "all lengths" beside it is fastres with all of them.
 
 What explains the figures: nearly all time is in the products, of fastres and of the recurrence in
-place, which is two products a block and nothing else. At D = 64 torch's are small, and what lies
-between them is memory traffic; at D = 128 they run at two thirds of the limit, and no more than
-1.5 times is left. What fastres adds to its products is the shift, the exponents and the packing of
-weights.
+place, which is two products a block and nothing else. All lengths of a sample go through the same
+hidden features, those that its ReLU has opened, and on a CPU fastres puts their weights side by
+side and leaves the others out: half of the operations. What it adds are the choice of the weights,
+which weighs the more the fewer lengths are kept (a fifth of the time at K = 32), the size of every
+row, and lanes that no weight fills.
 
 Goals on a CPU with two threads: 1.7 times in place and 2.3 times vmap at L = 300; 10 times autograd
 (60 blocks: 300 take it minutes); K = 32 4 times faster than all lengths. On a GPU, G7: 1.8 times in
@@ -154,7 +156,7 @@ def case(
     kept = blocks if longest is None else longest
     rows = sum(min(done + 1, kept + 1) for done in range(blocks))
     rows += (blocks - kept) if kept < blocks else 0  # the tail
-    flops = 4.0 * width**2 * batch * (rows + blocks)
+    flops = 2.0 * width**2 * batch * (rows + 2 * blocks)
     name = "all lengths" if longest is None else f"K = {longest} and tail"
     return Case(
         name, shape, torch.float32, lambda: tensors(shape, device),

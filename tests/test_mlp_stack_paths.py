@@ -94,6 +94,16 @@ def test_branches_of_c_times_the_identity_give_binomials(blocks, c, dtype):
     assert (found.log2_norms - want[:, None]).abs().max() < 30 * blocks * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("longest", [None, 7, 39])
+def test_blocks_that_shrink_and_blow_up_by_turns_keep_every_length(longest):
+    eye, c = torch.eye(6), torch.tensor([1e-25, 1e25]).repeat(20)
+    b, grad = torch.zeros(40, 6), torch.ones(2, 6)
+    args = (grad, eye.repeat(40, 1, 1), b, c[:, None, None] * eye, b, grad)
+    found = lengths(*args, longest, activation="identity")
+    want = reference(*(a.double() for a in args), longest, activation="identity")
+    assert (found.log2_norms - want.log2_norms).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_size_and_option_equals_the_reference(device, dtype, activation):
@@ -146,6 +156,26 @@ def test_a_shorter_limit_changes_no_length():
     assert torch.equal(some.rows[:5], whole.rows[:5])
     assert torch.equal(some.gradient, whole.gradient)
     close(some.tail, whole.rows[5:].sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 21, 70])
+def test_no_path_goes_through_a_block_whose_units_are_all_closed(hidden):
+    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 4)
+    b1[1:3] = -1000
+    found = lengths(x, w1, b1, w2, b2, grad, keep=True)
+    assert torch.equal(found.rows[0], grad)
+    assert not found.rows[3:].any()
+    close(found.norms[1], (found.rows.sum(0)).norm(dim=-1), 1e-13)
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 21, 70])
+def test_a_sample_goes_through_the_units_that_it_opens_alone(hidden):
+    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 4, branch=1.0)
+    closed = torch.arange(hidden) % 3 == 1  # for all samples: these weights might as well not be
+    b1[:, closed] = -1000
+    fewer = (w1[:, ~closed], b1[:, ~closed], w2[..., ~closed], b2)
+    found, want = lengths(x, w1, b1, w2, b2, grad, keep=True), lengths(x, *fewer, grad, keep=True)
+    assert torch.equal(found.rows, want.rows)
 
 
 def test_shared_weights_are_those_of_every_block():

@@ -1,4 +1,4 @@
-// mlp_stack_paths on the CPU: picks the kernels for the dtype and the samples of a tile.
+// mlp_stack_paths on the CPU: picks the kernels for the dtype.
 #include "cpu_lengths.h"
 
 namespace fastres::mlp_stack_paths::FASTRES_ISA {
@@ -21,17 +21,9 @@ void derivatives(const Args& a, int64_t first, int64_t last, void* buffer) {
   });
 }
 
-void lengths(const Args& a, int64_t row, int64_t samples, void* buffer) {
-  with_element(a.shape.dtype, [&](auto element) {
-    using A = decltype(element);
-    switch (samples) {
-      case 1: return Lengths<A, 1>(a, row, buffer).run();
-      case 2: return Lengths<A, 2>(a, row, buffer).run();
-      case 4: return Lengths<A, 4>(a, row, buffer).run();
-      case 8: return Lengths<A, 8>(a, row, buffer).run();
-      default: return Lengths<A, 16>(a, row, buffer).run();
-    }
-  });
+void lengths(const Args& a, int64_t sample, int64_t samples, void* buffer) {
+  with_element(a.shape.dtype,
+               [&](auto element) { Lengths<decltype(element)>(a, sample, samples, buffer).run(); });
 }
 
 }  // namespace fastres::mlp_stack_paths::FASTRES_ISA

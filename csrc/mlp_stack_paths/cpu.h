@@ -1,17 +1,14 @@
 // mlp_stack_paths on the CPU: how the work is cut up, and the kernels that do a piece of it.
 //
-// Rows of several lengths and samples stand side by side in the lanes of vectors, length by length:
-// lane i of a group holds sample i % b of length i / b, and so the product of a few weights with a
-// group is that of mlp_stack. To add length k - 1 to length k is to add a group to itself shifted
-// by b lanes. A tile of b samples, 1 to 16, goes through all blocks on one thread, with all its
-// lengths in the second cache.
+// Each sample goes its own way, as its derivatives choose the weights that its paths go through.
+// Its lengths are the rows of a product with those weights alone, which stand in vectors. A tile of
+// samples goes through all blocks on one thread, with all lengths in the second cache: one sample
+// after the other through a block, whose weights are near then.
 #pragma once
 #include "../common/isa.h"
 #include "kernel.h"
 
 namespace fastres::mlp_stack_paths {
-
-constexpr int kMostSamples = 16;  // of a tile
 
 inline int64_t element_size(const Shape& s) { return size_of(s.dtype); }
 
@@ -27,14 +24,13 @@ inline int64_t scratch_bytes(const Args& a) {
   return s.blocks * ceil_div(s.batch, 16) * s.hidden * derivative_bytes(s);
 }
 
-// Samples of a tile: as many as fill vectors, but few enough that all threads have work, and that
-// all lengths stay in the second cache. 768 KiB: three quarters of a Xeon's.
+// Samples of a tile: as many for each thread, and few enough that all lengths stay in the second
+// cache. 768 KiB: three quarters of a Xeon's.
+constexpr int64_t kMostSamples = 16;
 inline int64_t tile_samples(const Shape& s, int64_t threads) {
-  const auto busiest = [&](int64_t b) { return ceil_div(ceil_div(s.batch, b), threads) * b; };
-  const auto bytes = [&](int64_t b) { return (s.rows() + 1) * b * s.width * element_size(s); };
-  int64_t b = kMostSamples;
-  while (b > 1 && (bytes(b) > (768 << 10) || busiest(b / 2) < busiest(b))) b /= 2;
-  return b;
+  const int64_t fit = (768 << 10) / ((s.rows() + 1) * s.width * element_size(s));
+  const int64_t most = fit < 1 ? 1 : fit < kMostSamples ? fit : kMostSamples;
+  return ceil_div(s.batch, threads * ceil_div(s.batch, threads * most));
 }
 
 // Derivatives of samples [16 first, 16 last), from the forward pass.
@@ -42,14 +38,38 @@ inline int64_t tile_samples(const Shape& s, int64_t threads) {
 inline int64_t forward_bytes(const Shape& s) { return 32 * (2 * s.width + s.hidden) * 8; }
 FASTRES_CPU_KERNEL(derivatives, const Args&, int64_t first, int64_t last, void* buffer)
 
-// The lengths of samples [row, row + samples), samples a power of 2 of which some may be beyond the
-// batch. buffer: lengths_bytes, on a boundary of 64 bytes.
+// How far rows of D and of H numbers stand apart: whole tiles, and in the second case one more, as
+// vectors are moved to where no vector begins.
+inline int64_t width_stride(const Shape& s) { return round_up(s.width, 16); }
+inline int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 16; }
+
+// A thread's memory, piece by piece, each on a boundary of 64 bytes.
+class Memory {
+ public:
+  explicit Memory(void* buffer) : at_(static_cast<char*>(buffer)) {}
+  template <class T> T* take(int64_t count) {
+    T* const piece = reinterpret_cast<T*>(at_);
+    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+
+ private:
+  char* at_;
+};
+
+// Rows that go through a block together.
+constexpr int64_t kChunk = 32;
+
+// The lengths of samples [sample, sample + samples).
+// buffer: lengths_bytes, on a boundary of 64 bytes.
 inline int64_t lengths_bytes(const Shape& s, int64_t samples) {
-  const int64_t lanes = round_up((s.rows() + 1) * samples, 32);
-  const int64_t width = round_up(s.width, 8), hidden = round_up(s.hidden, 8);
-  return (lanes * s.width + 32 * (width + 2 * hidden) + 2 * width * hidden) * element_size(s) +
-         lanes * 8 + kMostSamples * s.width * 8;
+  const int64_t rows = s.rows() + 1, width = width_stride(s), hidden = hidden_stride(s);
+  const int64_t each = rows * (width * element_size(s) + 8) + 256;
+  return samples * each +
+         (kChunk * (width + hidden) + s.width * hidden + s.hidden * width + 4 * hidden) *
+             element_size(s) +
+         rows * 4 + width * 8 + 1024;
 }
-FASTRES_CPU_KERNEL(lengths, const Args&, int64_t row, int64_t samples, void* buffer)
+FASTRES_CPU_KERNEL(lengths, const Args&, int64_t sample, int64_t samples, void* buffer)
 
 }  // namespace fastres::mlp_stack_paths

@@ -1,8 +1,8 @@
-// cpu_exponents: the powers of two by which the lanes of a group are held.
+// cpu_exponents: the powers of two by which rows are held.
 #pragma once
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
+#include <limits>
 
 #include "../common/tile.h"
 #include "kernel.h"
@@ -11,20 +11,17 @@ namespace fastres::mlp_stack_paths::FASTRES_ISA {
 
 using namespace fastres::FASTRES_ISA;
 
-// What is known of each lane: it holds 2^exponent times the true numbers, the largest of which is
-// held below 2^size. kNothing: all are zero, or not finite.
+// How numbers are held: as 2^exponent times the true ones, the largest of them below 2^size.
+// kNothing: all are zero, or not finite.
 constexpr int32_t kNothing = INT32_MIN / 2;
-template <int kGroup> struct Scales {
-  int32_t exponent[kGroup], size[kGroup];
+struct Scale {
+  int32_t exponent, size;
 };
 
-// The n with 2^(n - 1) <= v < 2^n for a v > 0.
-template <class A> FASTRES_HD int32_t binary_order(A v) {
-  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+// The n with 2^(n - 1) <= v < 2^n, of the bits of a v > 0.
+template <class A, class Bits> FASTRES_HD int32_t binary_order(Bits bits) {
   constexpr int kMantissa = sizeof(A) == 4 ? 23 : 52, kTop = sizeof(A) == 4 ? 0xff : 0x7ff;
-  Bits bits;
-  std::memcpy(&bits, &v, sizeof v);
-  const int32_t order = static_cast<int32_t>(bits >> kMantissa) & kTop;
+  const int32_t order = static_cast<int32_t>(bits >> kMantissa);
   return order == kTop || order == 0 ? kNothing : order - (kTop / 2 - 1);
 }
 
@@ -39,26 +36,19 @@ template <class A> FASTRES_HD A power_of_two(int32_t n) {
   return v;
 }
 
-// Chooses the exponents of a group for what is to be added to it. own: factors that bring the group
-// there; source: factors that bring the source there. Returns whether any of them is not 1.
-template <int kGroup, class A>
-bool fit(Scales<kGroup>& group, const Scales<kGroup>& from, A* own, A* source) {
-  int32_t any = 0;
-  for (int i = 0; i < kGroup; ++i) {
-    const int32_t old = group.exponent[i], of_source = from.exponent[i];
-    const bool empty = group.size[i] == kNothing, none = from.size[i] == kNothing;
-    const int32_t own_order = group.size[i] - old, source_order = from.size[i] - of_source;
-    const int32_t most = empty | (!none & (source_order > own_order)) ? source_order : own_order;
-    const int32_t kept = empty & !none ? of_source : old, far = most + kept;
-    const int32_t chosen =
-        (!empty | !none) & ((far > kFarthest) | (far < -kFarthest)) ? -most : kept;
-    const int32_t step = none ? 0 : chosen - of_source;
-    group.exponent[i] = chosen;
-    own[i] = power_of_two<A>(chosen - old);
-    source[i] = power_of_two<A>(step);
-    any |= (chosen - old) | step;
-  }
-  return any != 0;
+// Whether b is so much larger than a that a would be lost where b is held.
+FASTRES_HD bool is_beyond(const Scale& b, const Scale& a) {
+  return (a.size != kNothing) & (b.size - b.exponent - (a.size - a.exponent) > kFarthest);
+}
+
+// The exponent for numbers to which others are added, if these are not beyond them.
+FASTRES_HD int32_t fitting(const Scale& own, const Scale& other) {
+  const bool empty = own.size == kNothing, none = (other.size == kNothing) | is_beyond(other, own);
+  const int32_t order = own.size - own.exponent, of_other = other.size - other.exponent;
+  const int32_t most = empty | (!none & (of_other > order)) ? of_other : order;
+  const int32_t kept = empty & !none ? other.exponent : own.exponent, far = most + kept;
+  const bool moves = (!empty | !none) & ((far > kFarthest) | (far < -kFarthest));
+  return moves ? -most : kept;
 }
 
 }  // namespace fastres::mlp_stack_paths::FASTRES_ISA
