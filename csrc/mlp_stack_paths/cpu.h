@@ -47,9 +47,10 @@ inline int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 1
 class Memory {
  public:
   explicit Memory(void* buffer) : at_(static_cast<char*>(buffer)) {}
+  static int64_t bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
   template <class T> T* take(int64_t count) {
     T* const piece = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    at_ += bytes(count, sizeof(T));
     return piece;
   }
 
@@ -64,11 +65,15 @@ constexpr int64_t kChunk = 32;
 // buffer: lengths_bytes, on a boundary of 64 bytes.
 inline int64_t lengths_bytes(const Shape& s, int64_t samples) {
   const int64_t rows = s.rows() + 1, width = width_stride(s), hidden = hidden_stride(s);
-  const int64_t each = rows * (width * element_size(s) + 8) + 256;
-  return samples * each +
-         (kChunk * (width + hidden) + s.width * hidden + s.hidden * width + 4 * hidden) *
-             element_size(s) +
-         rows * 4 + width * 8 + 1024;
+  const int64_t size = element_size(s);
+  const auto bytes = Memory::bytes;
+  const int64_t of_chunk = bytes(kChunk * hidden, size) + bytes(kChunk * width, size) +
+                           bytes(width, size) + bytes(s.width, sizeof(double));
+  // Of a vector of hidden features an index each, and one more number, in two vectors.
+  const int64_t of_weights = bytes(s.width * hidden, size) + bytes(s.hidden * width, size) +
+                             bytes(hidden, size) + bytes(hidden, 4) + bytes(2 * hidden, size);
+  const int64_t of_sample = 64 + bytes(rows * width, size) + bytes(rows, 8);
+  return of_chunk + of_weights + samples * of_sample + 64;
 }
 FASTRES_CPU_KERNEL(lengths, const Args&, int64_t sample, int64_t samples, void* buffer)
 

@@ -30,7 +30,7 @@ FAULTS = {
 # samples, features, blocks: one of each; around tiles; long rows; deep enough to go in turns; wide
 # enough for a team of threads.
 SIZES = [(1, 1, 1), (2, 5, 2), (3, 16, 3), (17, 33, 2), (5, 65, 4), (3, 32769, 1)]
-STACKS = [(131, 9, 32), (3, 64, 2), (16, 96, 3), (33, 70, 2)]
+STACKS = [(131, 9, 32), (3, 64, 2), (16, 96, 3), (33, 70, 2), (1, 600, 2)]
 
 
 def caught(fault: str, expected: str) -> bool:
