@@ -1,10 +1,11 @@
 """tables: writes the Markdown tables of README.md and docs/*.md from the committed result files.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `<!-- table: NAME all -->` has
-every case, else only those that the benchmark calls headline. `<!-- table: demo -->`, and those
-named after a study, have what was printed, from docs/demo/report.json, docs/paths/report.json and
-so on; `<!-- table: reliability -->` has docs/reliability/scorecard.json. Run
-`python -m benchmarks.tables` to rewrite them, with `--check` to fail where one is not up to date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `<!-- table: NAME all -->` has
+every case on every device; else it has those cases that the benchmark calls headline, on the CPU
+and the GPU that were measured last. `<!-- table: demo -->`, and those named after a study, have
+what was printed, from docs/demo/report.json, docs/paths/report.json and so on;
+`<!-- table: reliability -->` has docs/reliability/scorecard.json. Run `python -m benchmarks.tables`
+to rewrite them, with `--check` to fail where one is not up to date.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def study(name: str) -> str:
 
 
 def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
-    """Return what stands between the markers for one name, all devices one after another."""
+    """Return what stands between the markers for one name: everything, or what is newest."""
     if name == "reliability":
         return scorecard.tables()
     if name in STUDIES:
@@ -153,7 +154,8 @@ def section(name: str, everything: bool, reports: Iterable[Report]) -> str:
     parts = []
     for kind, where in KINDS.items():
         found = [r for r in reports if r["name"] == name and r["device"]["kind"] == kind]
-        for report in found:
+        newest = sorted(found, key=lambda report: report["date"])[-1:]
+        for report in found if everything else newest:
             parts += [table(report, everything), caption(report)]
         if not found:
             parts.append(f"Not yet measured on {where}.")

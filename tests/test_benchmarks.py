@@ -325,6 +325,16 @@ def test_the_limit_of_reading_reads_the_bytes_of_the_case():
         assert sum(t.nbytes for t in held) == 4096
 
 
+def test_a_table_has_the_device_measured_last_and_one_of_all_every_device(smoke):
+    def of(name, date):
+        return {**smoke, "date": date, "device": {**smoke["device"], "name": name}}
+
+    reports = [of("one", "2026-11-22"), of("two", "2026-11-23"), of("three", "2026-11-21")]
+    for what, devices in (("residual_add", ["two"]), ("residual_add all", ["one", "two", "three"])):
+        text = tables.render(f"<!-- table: {what} -->\n<!-- end -->", reports)
+        assert re.findall(r"^(\w+), \d+ cores", text, re.MULTILINE) == devices
+
+
 def test_a_benchmark_without_results_says_so():
     text = "<!-- table: unheard_of all -->\n<!-- end -->"
     assert "Not yet measured on a CPU.\n\nNot yet measured on a GPU.\n" in tables.render(text, [])
