@@ -94,10 +94,11 @@ def test_branches_of_c_times_the_identity_give_binomials(blocks, c, dtype):
     assert (found.log2_norms - want[:, None]).abs().max() < 30 * blocks * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("steps", [(1e-25, 1e25), (1e-18, 1e18), (1e-18, 1e-18), (1e-9, 1e27)])
 @pytest.mark.parametrize("longest", [None, 7, 39])
-def test_blocks_that_shrink_and_blow_up_by_turns_keep_every_length(longest):
-    eye, c = torch.eye(6), torch.tensor([1e-25, 1e25]).repeat(20)
-    b, grad = torch.zeros(40, 6), torch.ones(2, 6)
+def test_blocks_that_shrink_and_blow_up_keep_every_length(device, longest, steps):
+    eye, c = torch.eye(6, device=device), torch.tensor(steps, device=device).repeat(20)
+    b, grad = torch.zeros(40, 6, device=device), torch.ones(2, 6, device=device)
     args = (grad, eye.repeat(40, 1, 1), b, c[:, None, None] * eye, b, grad)
     found = lengths(*args, longest, activation="identity")
     want = reference(*(a.double() for a in args), longest, activation="identity")
@@ -107,7 +108,7 @@ def test_blocks_that_shrink_and_blow_up_by_turns_keep_every_length(longest):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_size_and_option_equals_the_reference(device, dtype, activation):
-    shapes = [(1, 1, 1, 3), (2, 5, 3, 4), (17, 33, 7, 5), (33, 16, 48, 3), (5, 64, 64, 6)]
+    shapes = [(3, 1, 1, 3), (2, 5, 3, 4), (17, 33, 7, 5), (33, 16, 48, 3), (5, 64, 64, 6)]
     for i, (batch, width, hidden, blocks) in enumerate(shapes):
         args = draw(batch, width, hidden, blocks, dtype=dtype, device=device, seed=i)
         gates = torch.linspace(-1, 2, blocks * batch, dtype=dtype, device=device)

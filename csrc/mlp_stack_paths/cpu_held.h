@@ -54,20 +54,18 @@ template <class A> struct Held {
     for (const int64_t row : {int64_t(0), count - 1}) {
       std::memcpy(line(row), cotangent, width * sizeof(A));
       scales[row] = combine(1, line(row), 0, line(row), 0, line(row));
-      rescale(row, fitting(scales[row], {0, kNothing}));
+      fit(row);
     }
   }
 
-  void rescale(int64_t row, int32_t to) const {
-    const int32_t by = to - scales[row].exponent;
+  void fit(int64_t row) const {
+    const int32_t to = fitting(scales[row], {0, kNothing}), by = to - scales[row].exponent;
     if (by) scales[row] = combine(power_of_two<A>(by), line(row), 0, line(row), to, line(row));
   }
 
   // to <- a row and other numbers, [width_stride], whichever is the larger.
   Scale sum(int64_t row, const A* other, const Scale& of_other, A* to) const {
-    const bool beyond = is_beyond(of_other, scales[row]);
-    const int32_t exponent =
-        beyond ? fitting(of_other, scales[row]) : fitting(scales[row], of_other);
+    const int32_t exponent = of_sum(scales[row], of_other);
     return combine(power_of_two<A>(exponent - scales[row].exponent), line(row),
                    power_of_two<A>(exponent - of_other.exponent), other, exponent, to);
   }

@@ -47,9 +47,7 @@ template <class A> class Lengths {
 
   // Adds J^T times its source to each row.
   void add(const Held<A>& held, int64_t reached) const {
-    for (int64_t row = last_; row > 0; row = next(row, reached))
-      held.rescale(row, fitting(held.scales[row],
-                                row == last_ ? Scale{0, kNothing} : held.scales[below(row)]));
+    for (int64_t row = last_; row > 0; row = next(row, reached)) held.fit(row);
     for (int64_t row = last_; row > 0;) {
       Step steps[kChunk];
       int64_t count = 0;
@@ -63,18 +61,20 @@ template <class A> class Lengths {
   // The row whose numbers come to this one, if it is not g.
   int64_t below(int64_t row) const { return row > s_.longest ? s_.longest : row - 1; }
 
-  // A row, what J^T takes for it and by what the product is multiplied, and where it is added.
+  // A row, what J^T takes for it, by what the product and the row are multiplied, and where they are
+  // added.
   struct Step {
     int64_t row;
     const A* source;
     Scale scale;  // of the source, then of the sum
-    A factor;
+    A factor, own;
     A* to;
   };
 
   // J^T takes G_{k-1} for G_k, R + G_K for R, and g for g.
   Step step(const Held<A>& held, int64_t row, A* spare) const {
-    Step step{row, held.line(row), held.scales[row], 1, held.line(row)};
+    const Scale& of_row = held.scales[row];
+    Step step{row, held.line(row), of_row, 1, 1, held.line(row)};
     if (row == last_) return step;
     const int64_t from = below(row);
     step.source = held.line(from);
@@ -83,12 +83,14 @@ template <class A> class Lengths {
       step.scale = held.sum(row, step.source, step.scale, of_tail_);
       step.source = of_tail_;
     }
-    if (step.scale.size == kNothing) return step;
-    if (is_beyond(step.scale, held.scales[row])) {
+    if (is_beyond(step.scale, of_row)) {
       std::memset(spare, 0, width_stride(s_) * sizeof(A));
       step.to = spare;  // the product alone, which may be as small as the row
     } else {
-      step.factor = power_of_two<A>(held.scales[row].exponent - step.scale.exponent);
+      const int32_t exponent = fitting(of_row, step.scale);
+      step.factor = power_of_two<A>(exponent - step.scale.exponent);
+      step.own = power_of_two<A>(exponent - of_row.exponent);
+      step.scale.exponent = exponent;
     }
     return step;
   }
@@ -96,7 +98,7 @@ template <class A> class Lengths {
   void finish(const Held<A>& held, const Step& step) const {
     Scale& scale = held.scales[step.row];
     A* const line = held.line(step.row);
-    if (step.to == line) scale.size = step.scale.size;
+    if (step.to == line) scale = step.scale;
     else scale = held.sum(step.row, step.to, step.scale, line);
   }
 
@@ -119,7 +121,7 @@ template <class A> class Lengths {
                  A* const to = steps[r].to + v * kWidth;
                  Vector number;
                  std::memcpy(&number, to, sizeof number);
-                 number += sum;
+                 number = steps[r].own * number + sum;
                  std::memcpy(to, &number, sizeof number);
                  largest[r].raise(number);
                });

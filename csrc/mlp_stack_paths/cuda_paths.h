@@ -2,7 +2,7 @@
 // they are, in shared memory if they fit; the weights pass by in a ring. Rows are taken in tiles
 // from the last on: what is added to a row comes of the one before it, which is still the old one.
 #pragma once
-#include "cuda_panels.h"
+#include "cuda_branch.h"
 #include "cuda_results.h"
 
 namespace fastres::mlp_stack_paths {
@@ -29,18 +29,13 @@ template <class T> struct PathTile {
     return given < count ? given : count - 1;
   }
 
-  // hidden = 2^(exponents of the sums - those of their sources) gate act' * (sources W2)
+  // hidden = gate act' * (sources W2)
   template <class Ring>
-  __device__ __forceinline__ void send_back(const int* powers, T gate, const SlopeRow& kind,
-                                            const char* slope_row, Ring& ring) const {
+  __device__ __forceinline__ void send_back(T gate, const SlopeRow& kind, const char* slope_row,
+                                            Ring& ring) const {
     const T* sources[kRowsOfThread];
-    T factors[kRowsOfThread];
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) {
-      const int from = rows.places.source(number(r)), to = rows.places.target(number(r));
-      sources[r] = rows.at(from);
-      factors[r] = power_of_two<T>(powers[to] - powers[from]);
-    }
+    for (int r = 0; r < kRowsOfThread; ++r) sources[r] = rows.at(rows.places.source(number(r)));
     for (int64_t left = 0; left < s.hidden; left += kColumns) {
       Sums<T, kRowsOfThread> q;
       for (int64_t k = 0; k < s.width; k += kDepth<T>) {
@@ -59,15 +54,15 @@ template <class T> struct PathTile {
 #pragma unroll
         for (int r = 0; r < kRowsOfThread; ++r) {
 #pragma unroll
-          for (int e = 0; e < kPackSize<T>; ++e) v.v[e] = q.v[r][j + e] * factors[r] * slopes.v[e];
+          for (int e = 0; e < kPackSize<T>; ++e) v.v[e] = q.v[r][j + e] * slopes.v[e];
           gpu::store(hidden + 4 * r * hidden_stride + col, v);
         }
       }
     }
   }
 
-  // sums += hidden W1
-  template <class Ring> __device__ __forceinline__ void add(Ring& ring) const {
+  // sums = 2^(powers - those by which they were held) sums + 2^(... their sources were) hidden W1
+  template <class Ring> __device__ __forceinline__ void add(const int* powers, Ring& ring) const {
     const T* of_hidden[kRowsOfThread];
     T sizes[kRowsOfThread] = {};
 #pragma unroll
@@ -81,7 +76,10 @@ template <class T> struct PathTile {
 #pragma unroll
       for (int r = 0; r < kRowsOfThread; ++r) {
         if (first + 4 * r >= count) continue;
-        T* const row = rows.at(rows.places.target(first + 4 * r)) + left;
+        const int from = rows.places.source(first + 4 * r), to = rows.places.target(first + 4 * r);
+        const T own = power_of_two<T>(powers[to] - rows.held[to]);
+        const T factor = power_of_two<T>(powers[to] - rows.held[from]);
+        T* const row = rows.at(to) + left;
 #pragma unroll
         for (int j = 0; j < kOwn; j += kPackSize<T>) {
           const int col = col_of<T, false>(j);
@@ -90,7 +88,7 @@ template <class T> struct PathTile {
           gpu::load(v, row + col);
 #pragma unroll
           for (int e = 0; e < kPackSize<T>; ++e) {
-            v.v[e] += sums.v[r][j + e];
+            v.v[e] = own * v.v[e] + factor * sums.v[r][j + e];
             sizes[r] = ::fmax(sizes[r], ::fabs(v.v[e]));
           }
           gpu::store(row + col, v);
@@ -133,23 +131,25 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) paths_kernel(PathsArgs<T> 
     rows.begin(at<T>(a.cotangent, sample * s.width), s.width);
     PathPanels<T> panels{given, sample, layout.slope_bytes, slopes, tile_rows, s.blocks - 1};
     gpu::Ring<kSlots, PathPanels<T>> ring(shared, kSlotBytes, 0x7fffffff, panels);
-    T next_gate = s.blocks ? gate_of(s.blocks - 1) : T(1);
     for (int64_t done = 0; done < s.blocks; ++done) {
       const int64_t block = s.blocks - 1 - done;
-      const T gate = next_gate;
-      if (block > 0) next_gate = gate_of(block - 1);
+      const T gate = gate_of(block);
       const char* const slope_row = kMemory == Memory::kGlobal
                                         ? given.slopes_of(block, sample, layout.slope_bytes)
                                         : slopes + done % 2 * layout.slope_bytes;
       const int count = rows.places.added_to(done);
       __syncthreads();
-      rows.choose_powers(done);
-      __syncthreads();
-      if (rows.places.tail && done >= s.longest) rows.join_tail(done);
+      if (__syncthreads_or(rows.choose_powers(done))) {
+        T* const of_warp = hidden + threadIdx.x / 32 * kRowsOfWarp * layout.hidden_stride;
+        const Branch<T> branch{a,     kind, given.slopes_of(block, sample, layout.slope_bytes),
+                               block, gate, of_warp};
+        rows.choose_powers_of_waiting(done, [&](const T* row) { return branch.largest_of(row); });
+      }
+      if (rows.places.tail && done >= s.longest) rows.join_tail();
       for (int top = (count - 1) / tile_rows * tile_rows; top >= 0; top -= tile_rows) {
         const PathTile<T> tile(rows, s, hidden, layout.hidden_stride, top, count);
-        tile.send_back(rows.powers_of(done + 1), gate, kind, slope_row, ring);
-        tile.add(ring);
+        tile.send_back(gate, kind, slope_row, ring);
+        tile.add(rows.powers_of(done + 1), ring);
       }
     }
     __syncthreads();

@@ -1,14 +1,18 @@
-// cuda_rows: the rows of a sample while it goes down the blocks, and their exponents: a row is held
-// as 2^exponent times the true one.
+// cuda_rows: the rows of a sample while it goes down the blocks, and their exponents.
 #pragma once
 #include "cuda_product.h"
+#include "exponents.h"
 
 namespace fastres::mlp_stack_paths {
 
 __device__ __forceinline__ float scaled(float v, int power) { return ::ldexpf(v, power); }
 __device__ __forceinline__ double scaled(double v, int power) { return ::ldexp(v, power); }
-__device__ __forceinline__ int order(float v) { return ::ilogbf(v); }
-__device__ __forceinline__ int order(double v) { return ::ilogb(v); }
+__device__ __forceinline__ int log2_below(float v) { return ::ilogbf(v); }
+__device__ __forceinline__ int log2_below(double v) { return ::ilogb(v); }
+// The n with 2^(n - 1) <= v < 2^n of the largest magnitude of some numbers; kNothing: see Scale.
+template <class T> __device__ __forceinline__ int order(T v) {
+  return v > 0 && v - v == 0 ? log2_below(v) + 1 : kNothing;
+}
 
 // 2^power; beyond the range of T the largest one, so that 0 times it is 0.
 template <class T> __device__ __forceinline__ T power_of_two(int power) {
@@ -29,6 +33,9 @@ struct Places {
   }
   FASTRES_HD int source(int number) const { return number + (number > longest); }
   FASTRES_HD int target(int number) const { return number ? source(number) + 1 : 0; }
+  FASTRES_HD int below(int number) const {  // whose numbers come to it: of R those of G_K
+    return number > longest ? longest + 1 : source(number);
+  }
   FASTRES_HD int given(int row) const { return row + 1 + (row > longest); }  // row of results
 };
 
@@ -38,17 +45,19 @@ template <class T> struct Rows {
   const int64_t stride;
   T* const data;      // [count, stride], zeros beyond D
   T* const sizes;     // [count], the largest magnitudes as held
-  int* const powers;  // [2, count], the exponents; of even and odd numbers of blocks done
+  int* const powers;  // [2, count], exponents of the sums of even and odd numbers of blocks
+  int* const held;    // [count], those by which the next block takes the rows
 
   __device__ __forceinline__ Rows(const Shape& s, char* memory)
       : places(s),
         stride(stride_of<T>(s.width)),
         data(reinterpret_cast<T*>(memory)),
         sizes(data + places.count() * stride),
-        powers(reinterpret_cast<int*>(sizes + places.count())) {}
+        powers(reinterpret_cast<int*>(sizes + places.count())),
+        held(powers + 2 * places.count()) {}
   FASTRES_HD static int64_t bytes(const Shape& s) {
     const int64_t count = Places(s).count();
-    return ceil_div(count * ((stride_of<T>(s.width) + 1) * int64_t(sizeof(T)) + 2 * 4), 16) * 16;
+    return ceil_div(count * ((stride_of<T>(s.width) + 1) * int64_t(sizeof(T)) + 3 * 4), 16) * 16;
   }
   __device__ __forceinline__ T* at(int place) const { return data + place * stride; }
   __device__ __forceinline__ int* powers_of(int64_t done) const {
@@ -62,23 +71,34 @@ template <class T> struct Rows {
     for (int64_t col = lane; col < width; col += 32) size = ::fmax(size, ::fabs(cotangent[col]));
     for (int distance = 16; distance > 0; distance /= 2)
       size = ::fmax(size, __shfl_xor_sync(~0u, size, distance));
-    const int power = is_far(size, 0) ? -order(size) : 0;
+    const int power = fitting({0, order(size)}, {0, kNothing});
     for (int place = warp; place < places.count(); place += warps) {
       const bool given = place < 2;
       for (int64_t col = lane; col < stride; col += 32)
         at(place)[col] = given && col < width ? scaled(cotangent[col], power) : T(0);
       if (lane > 0) continue;
       sizes[place] = given ? scaled(size, power) : T(0);
-      powers[place] = powers[places.count() + place] = given ? power : 0;
+      powers[place] = powers[places.count() + place] = held[place] = given ? power : 0;
     }
   }
 
-  // Chooses the exponents with which the next block adds, from the ones with which `done` blocks
-  // were; a warp of each 32 rows.
-  __device__ __forceinline__ void choose_powers(int64_t done) const {
+  // Holds anew the rows that `done` blocks have made too large or too small, and chooses by which
+  // exponents the next one adds; a warp of each 32 rows. True: rows of this thread wait, so far
+  // below what comes to them that its product is to be measured first.
+  __device__ __forceinline__ bool choose_powers(int64_t done) const {
     const int lane = threadIdx.x % 32, count = places.added_to(done);
+    bool some_wait = false;
     for (int first = int(threadIdx.x) / 32 * 32; first < count; first += blockDim.x) {
-      const int change = first + lane < count ? choose_power(first + lane, done) : 0;
+      const int number = first + lane, place = places.target(number);
+      int change = 0;
+      if (number < count) {
+        const Scale row = fitted(place, done), from = fitted(places.below(number), done);
+        change = row.exponent - powers_of(done)[place];
+        held[place] = row.exponent;
+        if (number > places.longest) held[places.source(number)] = of_sum(row, from);
+        powers_of(done + 1)[place] = fitting(row, from);
+        some_wait |= is_beyond(from, row);
+      }
       const unsigned changed = __ballot_sync(~0u, change != 0);
       for (int i = 0; i < 32 && changed >> i; ++i) {
         const int power = __shfl_sync(~0u, change, i);
@@ -87,42 +107,39 @@ template <class T> struct Rows {
           row[col] = scaled(row[col], power);
       }
     }
+    return some_wait;
   }
 
-  // R + G_K as held with the exponents of R, once these are chosen.
-  __device__ __forceinline__ void join_tail(int64_t done) const {
-    const int* power = powers_of(done + 1);
+  // Of the rows that wait. measure(row): by a warp, the largest element of the product of a row.
+  template <class Measure>
+  __device__ __forceinline__ void choose_powers_of_waiting(int64_t done,
+                                                           const Measure& measure) const {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    for (int number = warp; number < places.added_to(done); number += warps) {
+      const int place = places.target(number), from = places.below(number);
+      const Scale row = fitted(place, done);
+      if (!is_beyond(fitted(from, done), row)) continue;
+      const int power = of_sum(row, {held[from], order(measure(at(from)))});
+      if (threadIdx.x % 32 == 0) powers_of(done + 1)[place] = power;
+    }
+    __syncthreads();
+  }
+
+  // R + G_K, once the exponents are chosen.
+  __device__ __forceinline__ void join_tail() const {
     const int last = places.longest + 1, joined = last + 1, tail = last + 2;
-    const T factor = power_of_two<T>(power[tail] - power[last]);
+    const T of_last = power_of_two<T>(held[joined] - held[last]);
+    const T of_tail = power_of_two<T>(held[joined] - held[tail]);
     for (int64_t col = threadIdx.x; col < stride; col += blockDim.x)
-      at(joined)[col] = at(tail)[col] + factor * at(last)[col];
+      at(joined)[col] = of_tail * at(tail)[col] + of_last * at(last)[col];
   }
 
  private:
-  __device__ __forceinline__ static bool is_finite(T size) { return size - size == 0; }
-  __device__ __forceinline__ static bool is_far(T size, int power) {
-    if (size == 0 || !is_finite(size)) return false;
-    const int distance = order(size) + power;
-    return distance > kFarthest || distance < -kFarthest;
-  }
-  // Returns by how much the row is to be scaled.
-  __device__ __forceinline__ int choose_power(int number, int64_t done) const {
-    const int* now = powers_of(done);
-    int* next = powers_of(done + 1);
-    const int target = places.target(number), source = places.source(number);
-    const int from = number > places.longest ? places.longest + 1 : source;  // of R: G_K
-    const T size = sizes[target], of_source = sizes[from];
-    int power = now[target];
-    if (is_finite(size) && is_finite(of_source)) {
-      const bool own = size != 0 && (of_source == 0 ||
-                                     order(size) - now[target] >= order(of_source) - now[from]);
-      const T larger = own ? size : of_source;
-      const int of_larger = now[own ? target : from];
-      if (is_far(larger, power - of_larger)) power = of_larger - order(larger);
-    }
-    next[target] = power;
-    if (number > places.longest) next[source] = power;
-    return size == 0 ? 0 : power - now[target];
+  // How a row is held once it is held anew.
+  __device__ __forceinline__ Scale fitted(int place, int64_t done) const {
+    const Scale row{powers_of(done)[place], order(sizes[place])};
+    const int power = fitting(row, {0, kNothing});
+    return {power, row.size == kNothing ? kNothing : row.size + power - row.exponent};
   }
 };
 

@@ -27,6 +27,11 @@ struct SlopeRow {
 #pragma unroll
     for (int e = 0; e < kPackSize<T>; ++e) to.v[e] = T(word >> e & 1);
   }
+  // Of one column.
+  template <class T> __device__ __forceinline__ T value(const char* row, int64_t col) const {
+    return bits ? T(reinterpret_cast<const uint32_t*>(row)[col / 32] >> col % 32 & 1)
+                : reinterpret_cast<const T*>(row)[col];
+  }
 };
 
 template <class T> struct SlopesArgs {

@@ -5,17 +5,10 @@
 //   G_k <- G_k + J^T G_{k-1}    R <- R + J^T (R + G_K)    g <- g + J^T g
 // from G_0 = g = the cotangent and all else 0: G_k are the lengths, R the tail of those beyond K, g
 // the ordinary gradient.
-//
-// Lengths span hundreds of orders of magnitude. Each row of each sample is held as 2^e times the
-// true one; its e changes where its largest element, or that of the row which is added to it, has
-// come further than kFarthest binary orders from 1.
 #pragma once
 #include "../common/stack.h"
 
 namespace fastres::mlp_stack_paths {
-
-// 30: leaves room for a block that multiplies a row by 2^90, and for elements 2^-90 of the largest.
-constexpr int kFarthest = 30;
 
 struct Shape {
   int64_t batch, width, hidden;  // B, D, H

@@ -86,12 +86,25 @@ inline unsigned ballot(const char* what, unsigned mask, bool value, Site at) {
   return argument;
 }
 
+// The first meeting brings the values, the second keeps them until all have been read.
+inline int any_of_block(const char* what, int value, Site at) {
+  meet(what, 0, &value, nullptr, at);
+  bool any = false;
+  for (unsigned t = 0; t < block.threads; ++t)
+    any |= *static_cast<const int*>(block.fibers[t]->argument) != 0;
+  meet(what, 0, &value, nullptr, at);
+  return any;
+}
+
 }  // namespace cuda_on_cpu
 
 #define CUDA_ON_CPU_SITE cuda_on_cpu::Site at = cuda_on_cpu::Site::here()
 
 inline void __syncthreads(CUDA_ON_CPU_SITE) {
   cuda_on_cpu::meet("__syncthreads", 0, nullptr, nullptr, at);
+}
+inline int __syncthreads_or(int value, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::any_of_block("__syncthreads_or", value, at);
 }
 inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_SITE) {
   cuda_on_cpu::meet("__syncwarp", mask, nullptr, nullptr, at);

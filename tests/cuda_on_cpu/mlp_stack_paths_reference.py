@@ -41,6 +41,7 @@ class Case:
     spoilt: float  # NaN or infinity: what x of the last sample ends in; 0: nothing
     shared_bytes: int
     tf32: bool = False
+    turns: bool = False  # branches are 2^power and 2^-power times the identity by turns
 
     @property
     def element(self) -> Element:
@@ -82,6 +83,9 @@ def cases(seed: int = 0) -> Iterator[Case]:
                        0, True, True, 0, 0, memory(2))  # fmt: skip
         yield Case(index, 2, 20, 17, 20, 20, "identity", "none", False, -60,
                    0, True, True, 0, 0, memory(2))  # fmt: skip
+        for power, longest in [(110, 16), (-110, 16), (110, 4)]:  # neighbours far apart
+            yield Case(index, 2, 20, 17, 16, longest, "identity", "none", False, power,
+                       0, True, True, 0, 0, memory(2), turns=True)  # fmt: skip
 
 
 @dataclass
