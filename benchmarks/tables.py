@@ -45,9 +45,10 @@ def seconds(value: float) -> str:
     """Write seconds with a unit and three digits.
 
     Example:
-        >>> seconds(0.00001234), seconds(0.0567)
-        ('12.3 us', '56.7 ms')
+        >>> seconds(0.00001234), seconds(0.0567), seconds(0.9998)
+        ('12.3 us', '56.7 ms', '1.00 s')
     """
+    value = float(f"{value:.3g}")
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * scale >= 1 or unit == "us":
             digits = f"{value * scale:#.3g}" if value * scale < 1000 else f"{value * scale:.0f}"
