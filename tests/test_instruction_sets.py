@@ -44,9 +44,9 @@ def test_every_instruction_set_gives_the_same_numbers(isa):
 
 
 @pytest.mark.parametrize("isa", LOWER)
-def test_few_samples_and_stages_are_right_by_every_instruction_set(isa):
-    tests = ["tests/test_mlp_stack_few.py", "tests/test_conv_stack_stages.py"]
-    run(isa, "-m", "pytest", "-q", *tests)
+def test_few_samples_stages_and_paths_are_right_by_every_instruction_set(isa):
+    tests = ["test_mlp_stack_few.py", "test_conv_stack_stages.py", "test_mlp_stack_paths.py"]
+    run(isa, "-m", "pytest", "-q", *(f"tests/{test}" for test in tests))
 
 
 STACK = """

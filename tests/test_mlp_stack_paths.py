@@ -96,13 +96,49 @@ def test_branches_of_c_times_the_identity_give_binomials(blocks, c, dtype):
 
 @pytest.mark.parametrize("steps", [(1e-25, 1e25), (1e-18, 1e18), (1e-18, 1e-18), (1e-9, 1e27)])
 @pytest.mark.parametrize("longest", [None, 7, 39])
-def test_blocks_that_shrink_and_blow_up_keep_every_length(device, longest, steps):
-    eye, c = torch.eye(6, device=device), torch.tensor(steps, device=device).repeat(20)
-    b, grad = torch.zeros(40, 6, device=device), torch.ones(2, 6, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_shrink_and_blow_up_keep_every_length(device, dtype, longest, steps):
+    to = {"device": device, "dtype": dtype}
+    eye, c = torch.eye(6, **to), torch.tensor(steps, **to).repeat(20)
+    b, grad = torch.zeros(40, 6, **to), torch.ones(2, 6, **to)
     args = (grad, eye.repeat(40, 1, 1), b, c[:, None, None] * eye, b, grad)
     found = lengths(*args, longest, activation="identity")
     want = reference(*(a.double() for a in args), longest, activation="identity")
     assert (found.log2_norms - want.log2_norms).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, v) for v in (1e-40, 1e-37, 1e38, 3e38)]
+    + [(torch.float64, v) for v in (1e-310, 1e-307, 1e308)],
+)
+def test_a_cotangent_at_the_ends_of_the_range_is_one_like_others(device, dtype, size):
+    x, *weights, grad = draw(3, 6, 5, 4, dtype=dtype, device=device)
+    grad = (size * grad / grad.abs().max()).to(dtype)
+    found = lengths(x, *weights, grad)
+    power = math.frexp(size)[1]
+    near = grad * 2.0 ** -(power // 2) * 2.0 ** (power // 2 - power)
+    want = lengths(x, *weights, near)
+    close(found.log2_norms - power, want.log2_norms, 20 * EXACT[dtype])
+
+
+def test_an_infinite_cotangent_stays_one(device):
+    x, *weights, grad = draw(3, 6, 5, 4, dtype=torch.float32, device=device)
+    grad[1, 2] = torch.inf
+    found = lengths(x, *weights, grad, keep=True)
+    assert torch.equal(found.rows[0], grad)
+    assert found.log2_norms[0, 1] == torch.inf
+    assert found.log2_norms[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(("blocks", "c"), [(80, -0.99), (300, -0.999)])
+def test_the_error_of_lengths_that_cancel_is_finite(device, blocks, c):
+    eye, b = torch.eye(4, device=device).repeat(blocks, 1, 1), torch.zeros(blocks, 4, device=device)
+    grad = torch.ones(2, 4, device=device)
+    found = lengths(grad, eye, b, c * eye, b, grad, activation="identity")
+    largest = found.log2_norms.max()
+    assert found.norms[0].isfinite().all()
+    assert (found.norms[0].log2() < largest - 15).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -10,16 +10,16 @@
 
 namespace fastres::mlp_stack_paths {
 
-inline int64_t element_size(const Shape& s) { return size_of(s.dtype); }
+FASTRES_HD int64_t element_size(const Shape& s) { return size_of(s.dtype); }
 
 // Derivatives, of each block and 16 samples: where act' is 0 or 1 a bit of each, else values.
-inline bool are_bits(const Shape& s) {
+FASTRES_HD bool are_bits(const Shape& s) {
   return s.activation == Activation::kRelu || s.activation == Activation::kIdentity;
 }
-inline int64_t derivative_bytes(const Shape& s) {  // of 16 samples and one hidden feature
+FASTRES_HD int64_t derivative_bytes(const Shape& s) {  // of 16 samples and one hidden feature
   return are_bits(s) ? 2 : 16 * element_size(s);
 }
-inline int64_t scratch_bytes(const Args& a) {
+FASTRES_HD int64_t scratch_bytes(const Args& a) {
   const Shape& s = a.shape;
   return s.blocks * ceil_div(s.batch, 16) * s.hidden * derivative_bytes(s);
 }
@@ -27,7 +27,7 @@ inline int64_t scratch_bytes(const Args& a) {
 // Samples of a tile: as many for each thread, and few enough that all lengths stay in the second
 // cache. 768 KiB: three quarters of a Xeon's.
 constexpr int64_t kMostSamples = 16;
-inline int64_t tile_samples(const Shape& s, int64_t threads) {
+FASTRES_HD int64_t tile_samples(const Shape& s, int64_t threads) {
   const int64_t fit = (768 << 10) / ((s.rows() + 1) * s.width * element_size(s));
   const int64_t most = fit < 1 ? 1 : fit < kMostSamples ? fit : kMostSamples;
   return ceil_div(s.batch, threads * ceil_div(s.batch, threads * most));
@@ -35,20 +35,22 @@ inline int64_t tile_samples(const Shape& s, int64_t threads) {
 
 // Derivatives of samples [16 first, 16 last), from the forward pass.
 // buffer: forward_bytes, on a boundary of 64 bytes.
-inline int64_t forward_bytes(const Shape& s) { return 32 * (2 * s.width + s.hidden) * 8; }
+FASTRES_HD int64_t forward_bytes(const Shape& s) { return 32 * (2 * s.width + s.hidden) * 8; }
 FASTRES_CPU_KERNEL(derivatives, const Args&, int64_t first, int64_t last, void* buffer)
 
 // How far rows of D and of H numbers stand apart: whole tiles, and in the second case one more, as
 // vectors are moved to where no vector begins.
-inline int64_t width_stride(const Shape& s) { return round_up(s.width, 16); }
-inline int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 16; }
+FASTRES_HD int64_t width_stride(const Shape& s) { return round_up(s.width, 16); }
+FASTRES_HD int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 16; }
 
 // A thread's memory, piece by piece, each on a boundary of 64 bytes.
 class Memory {
  public:
-  explicit Memory(void* buffer) : at_(static_cast<char*>(buffer)) {}
-  static int64_t bytes(int64_t count, int64_t size) { return round_up(count * size, 64); }
-  template <class T> T* take(int64_t count) {
+  FASTRES_HD explicit Memory(void* buffer) : at_(static_cast<char*>(buffer)) {}
+  FASTRES_HD static int64_t bytes(int64_t count, int64_t size) {
+    return round_up(count * size, 64);
+  }
+  template <class T> FASTRES_HD T* take(int64_t count) {
     T* const piece = reinterpret_cast<T*>(at_);
     at_ += bytes(count, sizeof(T));
     return piece;
@@ -63,7 +65,7 @@ constexpr int64_t kChunk = 32;
 
 // The lengths of samples [sample, sample + samples).
 // buffer: lengths_bytes, on a boundary of 64 bytes.
-inline int64_t lengths_bytes(const Shape& s, int64_t samples) {
+FASTRES_HD int64_t lengths_bytes(const Shape& s, int64_t samples) {
   const int64_t rows = s.rows() + 1, width = width_stride(s), hidden = hidden_stride(s);
   const int64_t size = element_size(s);
   const auto bytes = Memory::bytes;

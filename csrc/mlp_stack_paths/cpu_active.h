@@ -87,7 +87,7 @@ template <class A> class Active {
   FASTRES_HD static Vector picked(const Vector& v, const Places& from) {
 #if defined(__clang__)
     Vector some;
-    for (int i = 0; i < kWidth; ++i) some[i] = v[from[i]];
+    for (int i = 0; i < kWidth; ++i) some[i] = v[from[i] & (kWidth - 1)];
     return some;
 #else
     return __builtin_shuffle(v, from);

@@ -11,11 +11,11 @@ namespace fastres::mlp_stack_paths::FASTRES_ISA {
 
 using namespace fastres::FASTRES_ISA;
 
-// The n with 2^(n - 1) <= v < 2^n, of the bits of a v > 0.
+// The n with 2^(n - 1) <= v < 2^n, of the bits of a v > 0; of a subnormal one that of the next.
 template <class A, class Bits> FASTRES_HD int32_t binary_order(Bits bits) {
   constexpr int kMantissa = sizeof(A) == 4 ? 23 : 52, kTop = sizeof(A) == 4 ? 0xff : 0x7ff;
   const int32_t order = static_cast<int32_t>(bits >> kMantissa);
-  return order == kTop || order == 0 ? kNothing : order - (kTop / 2 - 1);
+  return order == kTop || bits == 0 ? kNothing : (order ? order : 1) - (kTop / 2 - 1);
 }
 
 // 2^n; 0 and the largest power of 2 where that is out of range.

@@ -53,38 +53,44 @@ template <class A> struct Held {
     for (int64_t row = 0; row < count; ++row) scales[row] = {0, kNothing};
     for (const int64_t row : {int64_t(0), count - 1}) {
       std::memcpy(line(row), cotangent, width * sizeof(A));
-      scales[row] = combine(1, line(row), 0, line(row), 0, line(row));
+      scales[row] = fill(line(row), 0, [&](int64_t d) { return at(line(row), d); });
       fit(row);
     }
   }
 
   void fit(int64_t row) const {
     const int32_t to = fitting(scales[row], {0, kNothing}), by = to - scales[row].exponent;
-    if (by) scales[row] = combine(power_of_two<A>(by), line(row), 0, line(row), to, line(row));
+    const A factor = power_of_two<A>(by);
+    if (by) scales[row] = fill(line(row), to, [&](int64_t d) { return factor * at(line(row), d); });
   }
 
-  // to <- a row and other numbers, [width_stride], whichever is the larger.
+  // to <- a row and other numbers, [width_stride], held so that the larger one fits.
   Scale sum(int64_t row, const A* other, const Scale& of_other, A* to) const {
     const int32_t exponent = of_sum(scales[row], of_other);
-    return combine(power_of_two<A>(exponent - scales[row].exponent), line(row),
-                   power_of_two<A>(exponent - of_other.exponent), other, exponent, to);
-  }
-
-  // to <- a * x + b * y, held at an exponent.
-  Scale combine(A a, const A* x, A b, const A* y, int32_t exponent, A* to) const {
-    Largest<A> largest;
-    for (int64_t d = 0; d < stride; d += kLanes) {
-      const Tile<A> v = a * Stored<A>::load(x + d) + b * Stored<A>::load(y + d);
-      Stored<A>::store(to + d, v);
-      for (int i = 0; i < Tile<A>::kCount; ++i) largest.raise(v.v[i]);
-    }
-    return {exponent, largest.order()};
+    const A own = power_of_two<A>(exponent - scales[row].exponent),
+            factor = power_of_two<A>(exponent - of_other.exponent);
+    return fill(to, exponent,
+                [&](int64_t d) { return own * at(line(row), d) + factor * at(other, d); });
   }
 
   // The true numbers, zero where they are below the range of A.
   void store(int64_t row, A* to) const {
     for (int64_t d = 0; d < width; ++d)
       to[d] = static_cast<A>(std::ldexp(double(line(row)[d]), -scales[row].exponent));
+  }
+
+ private:
+  FASTRES_HD static Tile<A> at(const A* from, int64_t d) { return Stored<A>::load(from + d); }
+
+  // to <- tile(d) for each tile of a line, held by an exponent.
+  template <class OfTile> Scale fill(A* to, int32_t exponent, const OfTile& tile) const {
+    Largest<A> largest;
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      const Tile<A> v = tile(d);
+      Stored<A>::store(to + d, v);
+      for (int i = 0; i < Tile<A>::kCount; ++i) largest.raise(v.v[i]);
+    }
+    return {exponent, largest.order()};
   }
 };
 

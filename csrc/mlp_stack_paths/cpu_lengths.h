@@ -61,8 +61,8 @@ template <class A> class Lengths {
   // The row whose numbers come to this one, if it is not g.
   int64_t below(int64_t row) const { return row > s_.longest ? s_.longest : row - 1; }
 
-  // A row, what J^T takes for it, by what the product and the row are multiplied, and where they are
-  // added.
+  // A row, what J^T takes for it, by what the product and the row are multiplied, and where the sum
+  // goes.
   struct Step {
     int64_t row;
     const A* source;
@@ -88,7 +88,8 @@ template <class A> class Lengths {
       step.to = spare;  // the product alone, which may be as small as the row
     } else {
       const int32_t exponent = fitting(of_row, step.scale);
-      step.factor = power_of_two<A>(exponent - step.scale.exponent);
+      if (step.scale.size != kNothing)
+        step.factor = power_of_two<A>(exponent - step.scale.exponent);
       step.own = power_of_two<A>(exponent - of_row.exponent);
       step.scale.exponent = exponent;
     }

@@ -1,4 +1,4 @@
-// cuda_branch: how large a row becomes by the branch of a block, for a row that cannot be added yet.
+// cuda_branch: how large the product of a row is, measured before it is added.
 #pragma once
 #include "cuda_panels.h"
 

@@ -17,15 +17,22 @@ template <class T>
 __device__ __forceinline__ void write_norms(const Args& a, const Rows<T>& rows, const int* powers,
                                             int64_t sample, double (*of_warp)[2]) {
   const int count = int(a.shape.rows());
-  double squares[2] = {};  // as g is held: true ones may be beyond the range
+  int common = 0x7fffffff;  // the exponent by which the largest row is below 1
+  for (int row = -1; row < count; ++row) {
+    const int place = row < 0 ? 0 : rows.places.given(row), size = order(rows.sizes[place]);
+    if (size != kNothing && powers[place] - size < common) common = powers[place] - size;
+  }
+  if (common == 0x7fffffff) common = 0;
+  double squares[2] = {};  // held by `common`, and as g is: true ones may be beyond the range
   for (int64_t col = threadIdx.x; col < a.shape.width; col += blockDim.x) {
     const double g = rows.at(0)[col];
     double sum = 0;
     for (int row = 0; row < count; ++row) {
       const int place = rows.places.given(row);
-      sum += scaled(double(rows.at(place)[col]), powers[0] - powers[place]);
+      sum += scaled(double(rows.at(place)[col]), common - powers[place]);
     }
-    squares[0] += (sum - g) * (sum - g), squares[1] += g * g;
+    const double miss = sum - scaled(g, common - powers[0]);
+    squares[0] += miss * miss, squares[1] += g * g;
   }
   gpu::sum_warp_lanes(squares, 32);
   if (threadIdx.x % 32 == 0)
@@ -34,7 +41,8 @@ __device__ __forceinline__ void write_norms(const Args& a, const Rows<T>& rows, 
   if (threadIdx.x >= 2) return;
   double sum = 0;
   for (int warp = 0; warp < int(blockDim.x / 32); ++warp) sum += of_warp[warp][threadIdx.x];
-  a.norms[threadIdx.x * a.shape.batch + sample] = scaled(::sqrt(sum), -powers[0]);
+  a.norms[threadIdx.x * a.shape.batch + sample] =
+      scaled(::sqrt(sum), threadIdx.x ? -powers[0] : -common);
 }
 
 // All results; a warp of each row. `shared`: of 16 bytes for each warp.

@@ -10,6 +10,8 @@
 
 namespace fastres::mlp_stack_paths {
 
+// Rows are moved to below 2^kMoved: from anywhere in the range of a type by a power of two in it.
+constexpr int kMoved = 2;
 // 30: leaves room for a block that multiplies a row by 2^90, and for elements 2^-90 of the largest.
 // 64: leaves room for elements 2^-30 of the largest of a row that is so far below what comes to it.
 constexpr int kFarthest = 30, kBeyond = 64;
@@ -33,7 +35,7 @@ FASTRES_HD int32_t fitting(const Scale& own, const Scale& other) {
   const int32_t most = empty | (!none & (of_other > order)) ? of_other : order;
   const int32_t kept = empty & !none ? other.exponent : own.exponent, far = most + kept;
   const bool moves = (!empty | !none) & ((far > kFarthest) | (far < -kFarthest));
-  return moves ? -most : kept;
+  return moves ? kMoved - most : kept;
 }
 
 // The exponent for the sum of two, whichever is the larger.
