@@ -31,8 +31,9 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
 # No -std: what sees torch's headers takes the one that BuildExtension knows its torch to need.
-CXX_FLAGS = [  # gcc 12 warns of optionals and of its own intrinsics without reason
-    *("-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"),
+CXX_FLAGS = [  # gcc 12 warns of optionals and of its own intrinsics without reason, clang of no-*
+    *("-O3", "-g0", "-fvisibility=hidden"),
+    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
     f"-DTORCH_TARGET_VERSION={TORCH[0] << 56 | TORCH[1] << 48:#018x}",
 ]
 KERNEL_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi"]  # these see none

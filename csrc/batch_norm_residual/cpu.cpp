@@ -127,7 +127,7 @@ template <class Body> void visit(Dtype dtype, const Shape& shape, const Body& bo
 }
 
 template <class T> double at(const void* values, int64_t c, double otherwise) {
-  return values ? number_of(static_cast<const T*>(values)[c]) : otherwise;
+  return values ? double(load(in<T>(values, c), 1).v[0][0]) : otherwise;
 }
 
 // From weight and bias of type T. What rounding took of the mean goes to the bias.

@@ -2,7 +2,7 @@
 // assembly, so that the build for AVX-512 holds it: who uses it has asked isa() for kAmx.
 #pragma once
 #include "isa.h"
-#include "tile.h"
+#include "stored.h"
 
 namespace fastres::FASTRES_ISA {
 

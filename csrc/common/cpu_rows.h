@@ -1,7 +1,7 @@
 // cpu_rows: where the rows of a residual add lie, their gates, and where their sums go.
 #pragma once
+#include "stored.h"
 #include "sums.h"
-#include "tile.h"
 
 namespace fastres::FASTRES_ISA {
 

@@ -2,8 +2,10 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 // A compiler that knows AMX; its assembler then knows it too.
@@ -46,8 +48,9 @@ inline bool has_amx() {
 inline Isa best_isa_but_amx() {
 #if defined(FASTRES_ISAS_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  unsigned a, b, c, d;  // of F16C not every compiler can tell
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "math.h"
-#include "tile.h"
+#include "stored.h"
 
 namespace fastres::FASTRES_ISA {
 

@@ -1,7 +1,7 @@
 // tile_rows: goes over a stretch of a row tile by tile, and sums on the way so that the rounding
 // stays small and the order fixed.
 #pragma once
-#include "tile.h"
+#include "stored.h"
 
 namespace fastres::FASTRES_ISA {
 

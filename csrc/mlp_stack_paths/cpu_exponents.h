@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "../common/tile.h"
+#include "../common/stored.h"
 #include "exponents.h"
 
 namespace fastres::mlp_stack_paths::FASTRES_ISA {

@@ -32,8 +32,8 @@ FASTRES_HD bool is_beyond(const Scale& b, const Scale& a) {
 FASTRES_HD int32_t fitting(const Scale& own, const Scale& other) {
   const bool empty = own.size == kNothing, none = (other.size == kNothing) | is_beyond(other, own);
   const int32_t order = own.size - own.exponent, of_other = other.size - other.exponent;
-  const int32_t most = empty | (!none & (of_other > order)) ? of_other : order;
-  const int32_t kept = empty & !none ? other.exponent : own.exponent, far = most + kept;
+  const int32_t most = (empty | (!none & (of_other > order))) ? of_other : order;
+  const int32_t kept = (empty & !none) ? other.exponent : own.exponent, far = most + kept;
   const bool moves = (!empty | !none) & ((far > kFarthest) | (far < -kFarthest));
   return moves ? kMoved - most : kept;
 }

@@ -1,6 +1,7 @@
-// tile_math for ctypes: its functions, and the activations of stacks, on arrays of whole tiles.
-#include "../csrc/common/tile_math.h"
+// Tiles for ctypes: their functions, the activations of stacks, and 16-bit elements, on arrays of
+// whole tiles.
 #include "../csrc/common/activation.h"
+#include "../csrc/common/tile_math.h"
 
 namespace {
 
@@ -28,6 +29,12 @@ void activation(int which, const A* in, A* value_out, A* derivative_out, int64_t
   });
 }
 
+template <class From, class To> void convert(const void* given, void* out, int64_t count) {
+  using namespace fastres::FASTRES_ISA;
+  for (int64_t i = 0; i < count; i += kLanes)
+    Stored<To>::store(in<To>(out, i), Stored<From>::load(in<From>(given, i)));
+}
+
 }  // namespace
 
 extern "C" {
@@ -42,5 +49,13 @@ void activation32(int which, const float* in, float* value, float* derivative, i
 }
 void activation64(int which, const double* in, double* value, double* derivative, int64_t count) {
   activation(which, in, value, derivative, count);
+}
+void widen(int is_bfloat16, const void* in, float* out, int64_t count) {
+  using namespace fastres::FASTRES_ISA;
+  (is_bfloat16 ? convert<BFloat16, float> : convert<Float16, float>)(in, out, count);
+}
+void narrow(int is_bfloat16, const float* in, void* out, int64_t count) {
+  using namespace fastres::FASTRES_ISA;
+  (is_bfloat16 ? convert<float, BFloat16> : convert<float, Float16>)(in, out, count);
 }
 }

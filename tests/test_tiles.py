@@ -1,4 +1,4 @@
-"""The elementary functions of tiles, and the activations made of them, against float64."""
+"""Tiles: 16-bit elements against torch; functions and activations against float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cuda_on_cpu import build
 from fastres.ops import native
 from fastres.ops.mlp_stack_blocks import ACTIVATIONS, CODES
 
-SOURCE = Path(__file__).with_name("tile_math.cpp")
+SOURCE = Path(__file__).with_name("tiles.cpp")
 EXACT = {0: torch.exp, 1: torch.tanh, 2: torch.erf}
 
 
@@ -37,7 +37,7 @@ def library(
 ) -> ctypes.CDLL:
     if shutil.which(build.COMPILER) is None:
         pytest.skip(f"no C++ compiler ({build.COMPILER})")
-    made = tmp_path_factory.mktemp("tile_math") / f"{request.param}.so"
+    made = tmp_path_factory.mktemp("tiles") / f"{request.param}.so"
     options = ["-O3", *build.of_setup("KERNEL_FLAGS"), *FLAGS[request.param]]
     options += ["-shared", "-fPIC", f"-DFASTRES_ISA={request.param}"]
     build.run([build.COMPILER, *options, str(SOURCE), "-o", str(made)])
@@ -57,6 +57,30 @@ def every_kind_of_float32() -> np.ndarray:
     edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 88.7, 88.8, -87.4, -103.9, -104.5], "f4")
     values = np.concatenate([bits.view(np.float32), edges, np.linspace(-12, 12, 99991, dtype="f4")])
     return np.resize(values, values.size // 16 * 16 + 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_elements_are_torchs(library, dtype: torch.dtype) -> None:
+    is_bfloat16 = ctypes.c_int(dtype == torch.bfloat16)
+
+    def run(function, given: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (given, out)]
+        function(is_bfloat16, *pointers, ctypes.c_int64(given.numel()))
+        return out
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    wide = run(library.widen, every, torch.empty(every.shape))
+    torch.testing.assert_close(wide, every.float(), rtol=0, atol=0, equal_nan=True)
+
+    finite = wide[wide.isfinite()].sort().values
+    halfway = (finite[1:] / 2 + finite[:-1] / 2).numpy()
+    up, down = (np.nextafter(halfway, np.float32(to)) for to in (np.inf, -np.inf))
+    numbers = np.concatenate([every_kind_of_float32(), halfway, up, down])
+    given = torch.from_numpy(np.resize(numbers, numbers.size // 16 * 16 + 16))
+    narrow = run(library.narrow, given, torch.empty(given.shape, dtype=dtype))
+    torch.testing.assert_close(narrow, given.to(dtype), rtol=0, atol=0, equal_nan=True)
+    number = ~given.isnan()
+    assert narrow[number].signbit().equal(given[number].signbit())
 
 
 @pytest.mark.parametrize("which", EXACT, ids=["exp", "tanh", "erf"])
