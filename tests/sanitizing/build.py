@@ -50,6 +50,8 @@ def why_not(kind: str) -> str | None:
     """Return why there is no such sanitizer here, or None where there is."""
     if shutil.which(COMPILER) is None:
         return f"no C++ compiler ({COMPILER})"
+    if "clang" in COMPILER:
+        return "clang has run-time libraries of its own, which are not looked for"
     path = Path(run([COMPILER, f"-print-file-name={RUNTIME[kind]}"]).strip())
     return None if path.is_absolute() else f"{COMPILER} has no {path}"
 
