@@ -144,7 +144,7 @@ def test_the_error_of_lengths_that_cancel_is_finite(device, blocks, c):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_size_and_option_equals_the_reference(device, dtype, activation):
-    shapes = [(3, 1, 1, 3), (2, 5, 3, 4), (17, 33, 7, 5), (33, 16, 48, 3), (5, 64, 64, 6)]
+    shapes = [(3, 1, 1, 3), (2, 5, 3, 15), (17, 33, 7, 14), (33, 16, 48, 16), (5, 64, 64, 6)]
     for i, (batch, width, hidden, blocks) in enumerate(shapes):
         args = draw(batch, width, hidden, blocks, dtype=dtype, device=device, seed=i)
         gates = torch.linspace(-1, 2, blocks * batch, dtype=dtype, device=device)
@@ -188,7 +188,7 @@ def test_it_is_what_the_generic_engine_measures():
 
 
 def test_a_shorter_limit_changes_no_length():
-    args = draw(3, 10, 10, 12, dtype=torch.float32)
+    args = draw(3, 10, 21, 30, dtype=torch.float32)
     whole, some = lengths(*args, keep=True), lengths(*args, 4, keep=True)
     assert torch.equal(some.rows[:5], whole.rows[:5])
     assert torch.equal(some.gradient, whole.gradient)
@@ -197,17 +197,17 @@ def test_a_shorter_limit_changes_no_length():
 
 @pytest.mark.parametrize("hidden", [1, 16, 21, 70])
 def test_no_path_goes_through_a_block_whose_units_are_all_closed(hidden):
-    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 4)
+    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 16)
     b1[1:3] = -1000
     found = lengths(x, w1, b1, w2, b2, grad, keep=True)
     assert torch.equal(found.rows[0], grad)
-    assert not found.rows[3:].any()
+    assert not found.rows[15:].any()
     close(found.norms[1], (found.rows.sum(0)).norm(dim=-1), 1e-13)
 
 
 @pytest.mark.parametrize("hidden", [1, 16, 21, 70])
 def test_a_sample_goes_through_the_units_that_it_opens_alone(hidden):
-    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 4, branch=1.0)
+    x, w1, b1, w2, b2, grad = draw(20, 9, hidden, 16, branch=1.0)
     closed = torch.arange(hidden) % 3 == 1  # for all samples: these weights might as well not be
     b1[:, closed] = -1000
     fewer = (w1[:, ~closed], b1[:, ~closed], w2[..., ~closed], b2)
@@ -249,12 +249,12 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_samples(batch):
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(lengths(*args, 9, keep=True))
+            found.append(lengths(*args, 14, keep=True))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    alone = lengths(args[0][-1:], *args[1:5], args[5][-1:], 9, keep=True)
+    alone = lengths(args[0][-1:], *args[1:5], args[5][-1:], 14, keep=True)
     assert torch.equal(alone.rows[:, 0], found[0].rows[:, -1])
 
 

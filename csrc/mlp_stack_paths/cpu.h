@@ -24,24 +24,24 @@ FASTRES_HD int64_t scratch_bytes(const Args& a) {
   return s.blocks * ceil_div(s.batch, 16) * s.hidden * derivative_bytes(s);
 }
 
+// How far rows of D and of H numbers stand apart: whole tiles, and in the second case one more, as
+// vectors are moved to where no vector begins.
+FASTRES_HD int64_t width_stride(const Shape& s) { return round_up(s.width, 16); }
+FASTRES_HD int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 16; }
+
 // Samples of a tile: as many for each thread, and few enough that all lengths stay in the second
 // cache. 768 KiB: three quarters of a Xeon's.
 constexpr int64_t kMostSamples = 16;
 FASTRES_HD int64_t tile_samples(const Shape& s, int64_t threads) {
-  const int64_t fit = (768 << 10) / ((s.rows() + 1) * s.width * element_size(s));
+  const int64_t fit = (768 << 10) / ((s.rows() + 1) * width_stride(s) * element_size(s));
   const int64_t most = fit < 1 ? 1 : fit < kMostSamples ? fit : kMostSamples;
   return ceil_div(s.batch, threads * ceil_div(s.batch, threads * most));
 }
 
 // Derivatives of samples [16 first, 16 last), from the forward pass.
-// buffer: forward_bytes, on a boundary of 64 bytes.
-FASTRES_HD int64_t forward_bytes(const Shape& s) { return 32 * (2 * s.width + s.hidden) * 8; }
+// buffer: forward_bytes, on a boundary of 64 bytes: 32 samples in float32, or 16 in float64.
+FASTRES_HD int64_t forward_bytes(const Shape& s) { return 16 * (2 * s.width + s.hidden) * 8; }
 FASTRES_CPU_KERNEL(derivatives, const Args&, int64_t first, int64_t last, void* buffer)
-
-// How far rows of D and of H numbers stand apart: whole tiles, and in the second case one more, as
-// vectors are moved to where no vector begins.
-FASTRES_HD int64_t width_stride(const Shape& s) { return round_up(s.width, 16); }
-FASTRES_HD int64_t hidden_stride(const Shape& s) { return round_up(s.hidden, 16) + 16; }
 
 // A thread's memory, piece by piece, each on a boundary of 64 bytes.
 class Memory {
@@ -71,9 +71,8 @@ FASTRES_HD int64_t lengths_bytes(const Shape& s, int64_t samples) {
   const auto bytes = Memory::bytes;
   const int64_t of_chunk = bytes(kChunk * hidden, size) + bytes(kChunk * width, size) +
                            bytes(width, size) + bytes(s.width, sizeof(double));
-  // Of a vector of hidden features an index each, and one more number, in two vectors.
   const int64_t of_weights = bytes(s.width * hidden, size) + bytes(s.hidden * width, size) +
-                             bytes(hidden, size) + bytes(hidden, 4) + bytes(2 * hidden, size);
+                             bytes(hidden, size) + bytes(s.hidden, 8) + 2 * bytes(hidden, 4);
   const int64_t of_sample = 64 + bytes(rows * width, size) + bytes(rows, 8);
   return of_chunk + of_weights + samples * of_sample + 64;
 }

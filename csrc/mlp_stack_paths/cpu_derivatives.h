@@ -38,6 +38,7 @@ void derive(A* z, int64_t rows, const Derivatives<A>* to, int64_t count) {
 template <class A, int kTiles>
 void derive_groups(const Args& a, int64_t first, int64_t count, void* buffer) {
   constexpr int64_t kGroup = kTiles * kLanes;
+  static_assert(kTiles * sizeof(A) <= 8, "forward_bytes");
   const Shape& s = a.shape;
   const int64_t row = first * kLanes, samples = least(kGroup, s.batch - row);
   A *const x = static_cast<A*>(buffer), *const h = x + kGroup * s.width,

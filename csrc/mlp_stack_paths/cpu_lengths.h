@@ -32,8 +32,9 @@ template <class A> class Lengths {
       held_[i].load(static_cast<const A*>(a_.cotangent) + (sample_ + i) * s_.width);
     for (int64_t done = 0; done < s_.blocks; ++done)
       for (int64_t i = 0; i < samples_; ++i) {
-        active_.choose(s_.blocks - 1 - done, sample_ + i);
-        add(held_[i], least(done + 1, s_.longest));
+        const int64_t reached = least(done + 1, s_.longest);
+        active_.choose(s_.blocks - 1 - done, sample_ + i, reached + last_ - s_.longest);
+        add(held_[i], reached);
       }
     for (int64_t i = 0; i < samples_; ++i) store_measures(a_, held_[i], sample_ + i, total_);
   }
@@ -105,19 +106,16 @@ template <class A> class Lengths {
 
   // Adds the products of J^T and the sources, and measures the sums.
   void multiply(Step* steps, int64_t count) const {
-    const int64_t stride = hidden_stride(s_), active = active_.count();
+    const int64_t stride = hidden_stride(s_);
     const A *sources[kChunk], *hidden[kChunk];
     Largest<A> largest[kChunk];
     for (int64_t i = 0; i < count; ++i)
       sources[i] = steps[i].source, hidden[i] = hidden_ + i * stride;
-    rows_times(sources, count, active_.w2(), stride, s_.width, ceil_div(active, kWidth),
+    rows_times(sources, count, active_.w2(), s_.width, ceil_div(active_.columns(), kWidth),
                [&](int64_t r, int64_t v, const Vector& sum) __attribute__((always_inline)) {
-                 Vector slope;
-                 std::memcpy(&slope, active_.slopes() + v * kWidth, sizeof slope);
-                 const Vector product = steps[r].factor * slope * sum;
-                 std::memcpy(hidden_ + r * stride + v * kWidth, &product, sizeof product);
+                 active_.store(hidden_ + r * stride, v, steps[r].factor * sum);
                });
-    rows_times(hidden, count, active_.w1(), width_stride(s_), active, ceil_div(s_.width, kWidth),
+    rows_times(hidden, count, active_.w1(), active_.count(), ceil_div(s_.width, kWidth),
                [&](int64_t r, int64_t v, const Vector& sum) __attribute__((always_inline)) {
                  A* const to = steps[r].to + v * kWidth;
                  Vector number;
