@@ -61,7 +61,7 @@ class Memory {
 };
 
 // Rows that go through a block together.
-constexpr int64_t kChunk = 32;
+constexpr int64_t kChunk = 36;
 
 // The lengths of samples [sample, sample + samples).
 // buffer: lengths_bytes, on a boundary of 64 bytes.

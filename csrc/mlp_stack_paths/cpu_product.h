@@ -7,7 +7,7 @@ namespace fastres::mlp_stack_paths::FASTRES_ISA {
 using namespace fastres::FASTRES_ISA;
 
 // Rows whose sums stay in registers beside two vectors of the matrix.
-constexpr int kRowsOfTwo = kVectorBytes == 64 ? 8 : 4;
+constexpr int kRowsOfTwo = kVectorBytes == 64 ? 8 : 6;
 
 // Calls use(r, v, sum) with sum = sum_k in[r][k] * w(k)[v], k < count in order, for kRows rows and
 // kVectors vectors from `first` on, which stay in registers.
