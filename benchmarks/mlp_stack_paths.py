@@ -14,15 +14,17 @@ Weights are drawn so that float32 holds all lengths.
     autograd    one torch.autograd.grad per block and length, on a graph that is kept
 
 "K = 32" keeps 32 lengths and the exact tail; "all lengths" beside it is fastres with all of them.
+On a GPU "tf32x3" and "tf32" are fastres with these input precisions; the second is not exact.
 
 What explains the figures: nearly all time is in the products, of fastres and of the recurrence in
 place, which is two products a block and nothing else. All lengths of a sample go through the same
 hidden features, those that its ReLU has opened, and on a CPU fastres puts their weights side by
-side and leaves the others out: half of the operations. What it adds are the choice of the weights,
-which weighs the more the fewer lengths are kept (a fifth of the time at K = 32), the size of every
-row, and lanes that no weight fills. K = 32 takes 1 / 4.5 of the operations of all lengths, so that
-4 times faster leaves it a tenth for what does not shrink with K: the choice of the weights and the
-forward pass are a quarter. In a trial that left the choice out it was 4.1 to 4.3 times.
+side and leaves the others out: half of the operations. What it adds are the choice of the columns
+of W2, which weighs the more the fewer lengths are kept (an eighth of the time at K = 32), the size
+of every row, and lanes that no weight fills. K = 32 takes 1 / 4.5 of the operations of all lengths,
+so that 4 times faster leaves it a tenth for what does not shrink with K: that choice, to find the
+features, and the forward pass, which 16 samples take on one thread, are more than twice that. Of
+fewer than 12 rows the products are with all columns, and what comes out is chosen from.
 
 Goals on a CPU with two threads: 1.7 times in place and 2.3 times vmap at L = 300; 10 times autograd
 (60 blocks: 300 take it minutes); K = 32 4 times faster than all lengths. On a GPU, G7: 1.8 times in
@@ -68,10 +70,11 @@ def masks(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> list[Ten
 
 
 def ours(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grad: Tensor, *, longest: int
-) -> Call:
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grad: Tensor, *, longest: int,
+    input_precision: str = "ieee",
+) -> Call:  # fmt: skip
     """Return a call of the operator."""
-    return lambda: lengths(x, w1, b1, w2, b2, grad, longest)
+    return lambda: lengths(x, w1, b1, w2, b2, grad, longest, input_precision=input_precision)
 
 
 def in_place(
@@ -179,6 +182,9 @@ def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
         least = {"in place": 1.7, "vmap": 2.3}
         if cuda:
             least = {"in place": 5.0 if width == 64 else 1.8, "vmap": 4.0}
+            for precision in ("tf32x3", "tf32"):
+                call = partial(ours, longest=blocks, input_precision=precision)
+                whole[precision] = Variant(call)
         yield case((blocks, batch, width), device, whole, {} if smoke else least)
     for batch, width in shapes[:1] if smoke else shapes:
         short = min(32, blocks // 2)

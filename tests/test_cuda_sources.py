@@ -100,7 +100,8 @@ def test_the_kernels_of_a_stack_can_be_chosen(route: str, used: str) -> None:  #
 def test_the_rows_of_paths_are_tried_in(memory: str) -> None:
     library = build.library(sources("mlp_stack_paths"), build.toolkit())
     printed = run_in_its_own_process("mlp_stack_paths", library, {**os.environ})
-    assert f"paths_kernel, {memory}," in printed
+    for precision in ("", ", tf32x3", ", tf32"):
+        assert re.search(f"paths_kernel, {memory}{precision}(,|$)", printed, re.MULTILINE)
 
 
 @needs_fibers

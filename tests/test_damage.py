@@ -137,6 +137,7 @@ def test_path_gradients(tmp_path, hold):
 
     def is_same(got):
         facts = ("method", "where", "sites", "paths", "sum_error", "mixes_samples")
+        facts += ("input_precision",)
         return all_equal(got.measured, paths.measured) and all(
             getattr(got, name) == getattr(paths, name) for name in facts
         )

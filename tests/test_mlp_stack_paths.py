@@ -158,6 +158,18 @@ def test_every_size_and_option_equals_the_reference(device, dtype, activation):
             close(got.log2_norms.exp2(), want.log2_norms.exp2(), 20 * EXACT[dtype])
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("tf32x3", 1e-5), ("tf32", 2e-2)])
+def test_products_of_rounded_factors_say_so_and_are_as_exact_as_these(device, precision, limit):
+    args = draw(5, 40, 70, 60, dtype=torch.float32, device=device, branch=0.1)
+    found = fastres.mlp_stack_paths(*args, 20, keep=True, input_precision=precision)
+    assert found.input_precision == (precision if device.type == "cuda" else "ieee")
+    assert ("not exact" in repr(found)) == (found.input_precision == "tf32")
+    want = reference(*(t.double() for t in args), 20, keep=True)
+    assert found.sum_error < limit
+    close(found.gradients, want.rows[:-1], limit)
+    close(found.tail, want.tail, limit)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_300_blocks_add_up_to_what_autograd_gives(device, dtype, limit):
     x, *weights, grad = draw(5, 24, 24, 300, dtype=dtype, device=device, branch=0.1)
@@ -274,6 +286,11 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_samples(batch):
         ),
         ({"activation": "swish"}, ValueError, "activation must be one of"),
         ({"keep": 1}, TypeError, "keep must be a bool, got int"),
+        (
+            {"input_precision": "TF32"},
+            ValueError,
+            "input_precision must be one of ieee, tf32x3, tf32, got 'TF32'",
+        ),
         ({"gate": torch.ones(3)}, ValueError, r"gate must have shape \[\], \[4\] or \[4, 3\]"),
     ],
 )

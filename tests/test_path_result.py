@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -149,6 +150,13 @@ def test_a_saved_result_is_read_back_bit_for_bit(options, tmp_path):
         assert torch.equal(again.measured[name].nan_to_num(), tensor.nan_to_num())
     with np.load(file, allow_pickle=False) as arrays:
         assert json.loads(bytes(arrays["facts.json"]))["facts"]["sites"] == list(paths.sites)
+
+
+def test_products_that_are_not_exact_are_told_of(tmp_path):
+    paths = dataclasses.replace(measured(), input_precision="tf32")
+    assert repr(paths).endswith("\nfactors of products as tf32: not exact")
+    paths.save(tmp_path / "paths.npz")
+    assert PathGradients.load(tmp_path / "paths.npz").input_precision == "tf32"
 
 
 def test_counts_beyond_64_bits_and_half_precision_are_saved(tmp_path):

@@ -1,5 +1,7 @@
 // mlp_stack_paths on CUDA: the derivatives by a forward pass, then all rows of each sample down all
 // blocks; where their memory lies, by the shape and the device.
+#include <string>
+
 #include "cuda_paths.h"
 
 namespace fastres::mlp_stack_paths {
@@ -80,20 +82,24 @@ template <class T> void find_slopes(const SlopesArgs<T>& args, void* stream) {
   else launch_slopes<T, 4, false>(args, stream);
 }
 
-template <class T, Memory kMemory>
-void launch_paths(const PathsArgs<T>& args, int warps, void* stream) {
+template <class Arithmetic, Memory kMemory>
+void launch_paths(const PathsArgs<typename Arithmetic::T>& args, int warps, void* stream) {
+  using T = typename Arithmetic::T;
   static std::atomic<uint64_t> allowed{0};
   const Shape& s = args.a.shape;
-  constexpr const char* kName = kMemory == Memory::kShared ? "mlp_stack_paths: paths_kernel, shared"
-                                : kMemory == Memory::kRowsGlobal
-                                    ? "mlp_stack_paths: paths_kernel, rows global"
-                                    : "mlp_stack_paths: paths_kernel, global";
-  launch(kName, paths_kernel<T, kMemory>, allowed,
+  static const std::string name = std::string("mlp_stack_paths: paths_kernel, ") +
+                                  (kMemory == Memory::kShared       ? "shared"
+                                   : kMemory == Memory::kRowsGlobal ? "rows global"
+                                                                    : "global") +
+                                  Arithmetic::kName;
+  launch(name.c_str(), paths_kernel<Arithmetic, kMemory>, allowed,
          kMemory == Memory::kShared ? s.batch : least(s.batch, kMostBlocks), 32 * warps,
          PathsLayout<T>(s, warps, kMemory).shared_bytes, stream, args);
 }
 
-template <class T> void find_paths(const PathsArgs<T>& args, bool may_be_global, void* stream) {
+template <class Arithmetic>
+void find_paths(const PathsArgs<typename Arithmetic::T>& args, bool may_be_global, void* stream) {
+  using T = typename Arithmetic::T;
   const Shape& s = args.a.shape;
   const int64_t most = gpu::most_shared_bytes();
   const int wanted = warps_wanted(s);
@@ -105,36 +111,39 @@ template <class T> void find_paths(const PathsArgs<T>& args, bool may_be_global,
   };
   const int enough = int(least(wanted, kLeastWarps));
   if (const int warps = warps_in(Memory::kShared, enough))
-    launch_paths<T, Memory::kShared>(args, warps, stream);
+    launch_paths<Arithmetic, Memory::kShared>(args, warps, stream);
   else if (const int warps = warps_in(Memory::kRowsGlobal, may_be_global ? enough : 1))
-    launch_paths<T, Memory::kRowsGlobal>(args, warps, stream);
-  else launch_paths<T, Memory::kGlobal>(args, wanted, stream);
+    launch_paths<Arithmetic, Memory::kRowsGlobal>(args, warps, stream);
+  else launch_paths<Arithmetic, Memory::kGlobal>(args, wanted, stream);
 }
 
-template <class Body> void with_exact_element(Dtype dtype, const Body& body) {
-  if (dtype == Dtype::kFloat64) body(double());
-  else body(float());
+template <class Body> void with_arithmetic(const Shape& s, const Body& body) {
+  if (s.dtype == Dtype::kFloat64) body(MultiplyAdds<double>());
+  else if (s.precision == InputPrecision::kTf32x3) body(TensorCores<3>());
+  else if (s.precision == InputPrecision::kTf32) body(TensorCores<1>());
+  else body(MultiplyAdds<float>());
 }
 
 }  // namespace
 
 int64_t scratch_bytes(const Args& a) {
   int64_t bytes = 0;
-  with_exact_element(a.shape.dtype, [&](auto element) {
-    bytes = Scratch<decltype(element)>(a.shape, nullptr).bytes;
+  with_arithmetic(a.shape, [&](auto arithmetic) {
+    bytes = Scratch<typename decltype(arithmetic)::T>(a.shape, nullptr).bytes;
   });
   return bytes;
 }
 
 void launch_cuda(const Args& a, void* stream) {
   if (a.shape.batch == 0) return;
-  with_exact_element(a.shape.dtype, [&](auto element) {
-    using T = decltype(element);
+  with_arithmetic(a.shape, [&](auto arithmetic) {
+    using Arithmetic = decltype(arithmetic);
+    using T = typename Arithmetic::T;
     const Scratch<T> scratch(a.shape, a.scratch);
     if (a.shape.blocks)
       find_slopes<T>(SlopesArgs<T>{a, scratch.slopes, scratch.slope_memory}, stream);
-    find_paths<T>(PathsArgs<T>{a, scratch.slopes, scratch.rows, scratch.tile}, scratch.tile_needed,
-                  stream);
+    find_paths<Arithmetic>(PathsArgs<T>{a, scratch.slopes, scratch.rows, scratch.tile},
+                           scratch.tile_needed, stream);
   });
 }
 

@@ -6,7 +6,7 @@
 
 namespace fastres::mlp_stack_paths {
 
-constexpr int kRowsOfThread = 4, kRowsOfWarp = 4 * kRowsOfThread;
+constexpr int kRowsOfWarp = 16;
 constexpr int kMostWarps = 8;  // a tile of 128 rows: each panel of weights is read half as often
 
 // Where things are. Rows in global memory where they do not fit, and there the tile as well where

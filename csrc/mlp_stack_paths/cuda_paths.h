@@ -2,60 +2,66 @@
 // they are, in shared memory if they fit; the weights pass by in a ring. Rows are taken in tiles
 // from the last on: what is added to a row comes of the one before it, which is still the old one.
 #pragma once
+#include "cuda_arithmetic.h"
 #include "cuda_branch.h"
 #include "cuda_results.h"
 
 namespace fastres::mlp_stack_paths {
 
 // A tile of rows that are added to, of which a warp has kRowsOfWarp.
-template <class T> struct PathTile {
+template <class Arithmetic> struct PathTile {
+  using T = typename Arithmetic::T;
+  using Columns = typename Arithmetic::Columns;
+  static constexpr int kRows = Arithmetic::kRows, kSide = sizeof(Columns) / sizeof(T);
   const Rows<T>& rows;
   const Shape& s;
-  T* hidden;  // [rows of the tile, stride], of this warp's rows no other thread reads
+  T* hidden;  // [kRowsOfWarp, stride], which no other warp reads
   int64_t hidden_stride;
-  int first, count;  // numbers from `first` on are this thread's, every 4th; those below count are
+  int first, count;  // numbers of this warp from `first` on; there are those below `count`
   bool idle;         // none of this warp's
 
   __device__ __forceinline__ PathTile(const Rows<T>& rows_, const Shape& s_, T* hidden_,
                                       int64_t hidden_stride_, int top, int count_)
       : rows(rows_), s(s_), hidden_stride(hidden_stride_), count(count_) {
     const int of_warp = int(threadIdx.x) / 32 * kRowsOfWarp;
-    hidden = hidden_ + (of_warp + lane_row()) * hidden_stride;
-    first = top + of_warp + lane_row();
-    idle = top + of_warp >= count;
+    hidden = hidden_ + of_warp * hidden_stride;
+    first = top + of_warp;
+    idle = first >= count;
   }
-  __device__ __forceinline__ int number(int r) const {  // within those there are
-    const int given = first + 4 * r;
-    return given < count ? given : count - 1;
+  __device__ __forceinline__ T* hidden_row(int r) const {
+    return hidden + Arithmetic::row(r) * hidden_stride;
   }
+  __device__ __forceinline__ int number(int r) const { return first + Arithmetic::row(r); }
 
   // hidden = gate act' * (sources W2)
   template <class Ring>
   __device__ __forceinline__ void send_back(T gate, const SlopeRow& kind, const char* slope_row,
                                             Ring& ring) const {
-    const T* sources[kRowsOfThread];
+    const T* sources[kRows];
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) sources[r] = rows.at(rows.places.source(number(r)));
+    for (int r = 0; r < kRows; ++r)  // within those there are
+      sources[r] = rows.at(rows.places.source(number(r) < count ? number(r) : count - 1));
     for (int64_t left = 0; left < s.hidden; left += kColumns) {
-      Sums<T, kRowsOfThread> q;
+      Arithmetic products;
       for (int64_t k = 0; k < s.width; k += kDepth<T>) {
         const char* panel = ring.next();
-        if (!idle) multiply<false, kDepth<T> / kPackSize<T>>(q, sources, k, panel);
+        if (!idle) products.add(sources, k, panel);
       }
       if (idle) continue;
 #pragma unroll
-      for (int j = 0; j < kOwn; j += kPackSize<T>) {
-        const int64_t col = left + col_of<T, false>(j);
+      for (int pack = 0; pack < Arithmetic::kPacks; ++pack) {
+        const int64_t col = left + Arithmetic::col(pack);
         if (col >= padded<T>(s.hidden)) continue;
-        Pack<T> slopes, v;
+        Columns slopes;
         kind.load(slopes, slope_row, col);
 #pragma unroll
-        for (int e = 0; e < kPackSize<T>; ++e) slopes.v[e] *= gate;
+        for (int e = 0; e < kSide; ++e) slopes.v[e] *= gate;
 #pragma unroll
-        for (int r = 0; r < kRowsOfThread; ++r) {
+        for (int r = 0; r < kRows; ++r) {
+          Columns v = products.columns(r, pack);
 #pragma unroll
-          for (int e = 0; e < kPackSize<T>; ++e) v.v[e] = q.v[r][j + e] * slopes.v[e];
-          gpu::store(hidden + 4 * r * hidden_stride + col, v);
+          for (int e = 0; e < kSide; ++e) v.v[e] *= slopes.v[e];
+          store(hidden_row(r) + col, v);
         }
       }
     }
@@ -63,51 +69,55 @@ template <class T> struct PathTile {
 
   // sums = 2^(powers - those by which they were held) sums + 2^(... their sources were) hidden W1
   template <class Ring> __device__ __forceinline__ void add(const int* powers, Ring& ring) const {
-    const T* of_hidden[kRowsOfThread];
-    T sizes[kRowsOfThread] = {};
+    const T* of_hidden[kRows];
+    T sizes[kRows] = {};
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) of_hidden[r] = hidden + 4 * r * hidden_stride;
+    for (int r = 0; r < kRows; ++r) of_hidden[r] = hidden_row(r);
     for (int64_t left = 0; left < s.width; left += kColumns) {
-      Sums<T, kRowsOfThread> sums;
+      Arithmetic products;
       for (int64_t k = 0; k < s.hidden; k += kDepth<T>) {
         const char* panel = ring.next();
-        if (!idle) multiply<false, kDepth<T> / kPackSize<T>>(sums, of_hidden, k, panel);
+        if (!idle) products.add(of_hidden, k, panel);
       }
 #pragma unroll
-      for (int r = 0; r < kRowsOfThread; ++r) {
-        if (first + 4 * r >= count) continue;
-        const int from = rows.places.source(first + 4 * r), to = rows.places.target(first + 4 * r);
+      for (int r = 0; r < kRows; ++r) {
+        if (number(r) >= count) continue;
+        const int from = rows.places.source(number(r)), to = rows.places.target(number(r));
         const T own = power_of_two<T>(powers[to] - rows.held[to]);
         const T factor = power_of_two<T>(powers[to] - rows.held[from]);
         T* const row = rows.at(to) + left;
 #pragma unroll
-        for (int j = 0; j < kOwn; j += kPackSize<T>) {
-          const int col = col_of<T, false>(j);
+        for (int pack = 0; pack < Arithmetic::kPacks; ++pack) {
+          const int col = Arithmetic::col(pack);
           if (left + col >= padded<T>(s.width)) continue;
-          Pack<T> v;
-          gpu::load(v, row + col);
+          const Columns product = products.columns(r, pack);
+          Columns v;
+          load(v, row + col);
 #pragma unroll
-          for (int e = 0; e < kPackSize<T>; ++e) {
-            v.v[e] = own * v.v[e] + factor * sums.v[r][j + e];
+          for (int e = 0; e < kSide; ++e) {
+            v.v[e] = own * v.v[e] + factor * product.v[e];
             sizes[r] = ::fmax(sizes[r], ::fabs(v.v[e]));
           }
-          gpu::store(row + col, v);
+          store(row + col, v);
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int distance = 2; distance <= 8; distance *= 2)  // the lanes of a row
-        sizes[r] = ::fmax(sizes[r], __shfl_xor_sync(~0u, sizes[r], distance));
-      if (lane_col() == 0 && first + 4 * r < count)
-        rows.sizes[rows.places.target(first + 4 * r)] = sizes[r];
+      for (int lane = 1; lane <= Arithmetic::kColumnLanes; lane *= 2)  // the lanes of a row
+        if (lane & Arithmetic::kColumnLanes)
+          sizes[r] = ::fmax(sizes[r], __shfl_xor_sync(~0u, sizes[r], lane));
+      if (!(threadIdx.x & Arithmetic::kColumnLanes) && number(r) < count)
+        rows.sizes[rows.places.target(number(r))] = sizes[r];
     }
   }
 };
 
-template <class T, Memory kMemory>
-__global__ void __launch_bounds__(32 * kMostWarps, 1) paths_kernel(PathsArgs<T> given) {
+template <class Arithmetic, Memory kMemory>
+__global__ void __launch_bounds__(32 * kMostWarps, 1)
+    paths_kernel(PathsArgs<typename Arithmetic::T> given) {
+  using T = typename Arithmetic::T;
   const Args& a = given.a;
   const Shape& s = a.shape;
   const PathsLayout<T> layout(s, int(blockDim.x / 32), kMemory);
@@ -147,7 +157,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) paths_kernel(PathsArgs<T> 
       }
       if (rows.places.tail && done >= s.longest) rows.join_tail();
       for (int top = (count - 1) / tile_rows * tile_rows; top >= 0; top -= tile_rows) {
-        const PathTile<T> tile(rows, s, hidden, layout.hidden_stride, top, count);
+        const PathTile<Arithmetic> tile(rows, s, hidden, layout.hidden_stride, top, count);
         tile.send_back(gate, kind, slope_row, ring);
         tile.add(rows.powers_of(done + 1), ring);
       }

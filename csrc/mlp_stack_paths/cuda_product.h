@@ -13,6 +13,15 @@ using gpu::at;
 using gpu::kDepth;
 using gpu::kPackSize;
 template <class T> using Pack = gpu::Pack<T, kPackSize<T>>;
+using gpu::load;
+using gpu::store;
+// Two elements at once, of shared memory.
+template <class T> __device__ __forceinline__ void load(gpu::Pair<T>& to, const T* from) {
+  to = *reinterpret_cast<const gpu::Pair<T>*>(from);
+}
+template <class T> __device__ __forceinline__ void store(T* to, const gpu::Pair<T>& from) {
+  *reinterpret_cast<gpu::Pair<T>*>(to) = from;
+}
 
 constexpr int kColumns = 64;                            // of a panel of weights
 constexpr int kOwn = 8;                                 // columns of a thread among these

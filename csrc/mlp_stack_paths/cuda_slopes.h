@@ -20,12 +20,13 @@ struct SlopeRow {
     return {bits, ceil_div(bits ? ceil_div(cols, 32) * 4 : cols * int64_t(sizeof(T)), 16) * 16};
   }
   // Of the columns of a pack, from `col` on.
-  template <class T> __device__ __forceinline__ void load(Pack<T>& to, const char* row,
-                                                          int64_t col) const {
-    if (!bits) return gpu::load(to, reinterpret_cast<const T*>(row) + col);
+  template <class Columns> __device__ __forceinline__ void load(Columns& to, const char* row,
+                                                                int64_t col) const {
+    using T = std::remove_reference_t<decltype(to.v[0])>;
+    if (!bits) return mlp_stack_paths::load(to, reinterpret_cast<const T*>(row) + col);
     const uint32_t word = reinterpret_cast<const uint32_t*>(row)[col / 32] >> col % 32;
 #pragma unroll
-    for (int e = 0; e < kPackSize<T>; ++e) to.v[e] = T(word >> e & 1);
+    for (int e = 0; e < int(sizeof to / sizeof(T)); ++e) to.v[e] = T(word >> e & 1);
   }
   // Of one column.
   template <class T> __device__ __forceinline__ T value(const char* row, int64_t col) const {

@@ -10,12 +10,17 @@
 
 namespace fastres::mlp_stack_paths {
 
+// How products of float32 take their factors, on CUDA: as they are; as sums of two tf32, 22 bits;
+// as one, 11 bits, which is not exact.
+enum class InputPrecision : int32_t { kIeee, kTf32x3, kTf32 };
+
 struct Shape {
   int64_t batch, width, hidden;  // B, D, H
   int64_t blocks, longest;       // L; K, at most L
   Dtype dtype;                   // of all tensors: float32 or float64
   Activation activation;
   bool shared;  // the weights of block 0 are those of all blocks
+  InputPrecision precision;
 
   FASTRES_HD bool has_tail() const { return longest < blocks; }
   FASTRES_HD int64_t rows() const { return longest + 1 + has_tail(); }  // G_0, ... G_K, and R

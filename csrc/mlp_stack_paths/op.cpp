@@ -38,14 +38,18 @@ void run(const Args& a, const Tensor&) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paths(
     const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
     const OptionalTensor& gate, const Tensor& cotangent, int64_t blocks, int64_t activation,
-    int64_t longest, bool keep) {
+    int64_t longest, bool keep, int64_t precision) {
   const StackInputs in(kName, x, w1, b1, w2, b2, gate, blocks, activation);
   check_like(kName, "cotangent", cotangent, x);
   STD_TORCH_CHECK(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kFloat64, kName,
                   ": x must be float32 or float64");
   STD_TORCH_CHECK(0 <= longest && longest <= blocks, kName, ": longest must be 0 to ", blocks,
                   ", got ", longest);
-  const Shape s{in.batch, in.width, in.hidden, blocks, longest, in.dtype, in.activation, in.shared};
+  STD_TORCH_CHECK(0 <= precision && precision <= 2, kName, ": precision must be 0 to 2, got ",
+                  precision);
+  const Shape s{in.batch,      in.width,  in.hidden,
+                blocks,        longest,   in.dtype,
+                in.activation, in.shared, static_cast<InputPrecision>(precision)};
   const ScalarType type = x.scalar_type();
   const Tensor g = as_contiguous(cotangent);
   const auto measures = [&](int64_t rows) {
@@ -81,8 +85,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres, m) {
   m.def(
       "_mlp_stack_paths(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gate, Tensor "
-      "cotangent, int blocks, int activation, int longest, bool keep) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "cotangent, int blocks, int activation, int longest, bool keep, int precision) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
 #endif

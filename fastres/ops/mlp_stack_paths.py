@@ -15,6 +15,8 @@ from fastres.ops.mlp_stack_blocks import ACTIVATIONS, CODES
 from fastres.ops.stack_inputs import check_stack, expanded
 
 _OP: Final = "mlp_stack_paths"
+# Codes of the raw operator are their places here.
+INPUT_PRECISIONS: Final = ("ieee", "tf32x3", "tf32")
 
 
 class StackLengths(NamedTuple):
@@ -41,6 +43,7 @@ def lengths(
     *,
     blocks: int | None = None,
     keep: bool = False,
+    input_precision: str = "ieee",
 ) -> StackLengths:
     """Separate the gradient by x of a stack by the number of branches that its paths go through.
 
@@ -61,19 +64,34 @@ def lengths(
         activation: As of mlp_stack.
         blocks: As of mlp_stack.
         keep: Whether to return the rows themselves.
+        input_precision: How the products of float32 take their factors on CUDA: "ieee" as they are;
+            "tf32x3", on tensor cores, as sums of two tf32 each, 22 of 24 bits; "tf32" as one,
+            11 bits, which is not exact. Everything else is computed alike. See `precision_used`.
 
     Raises:
         TypeError: If an argument is of a wrong type, or tensors differ in dtype or device.
-        ValueError: If a shape does not fit, the activation is not known, or max_length is negative
-            or more than L.
+        ValueError: If a shape does not fit, the activation or input_precision is not known, or
+            max_length is negative or more than L.
     """
+    if input_precision not in INPUT_PRECISIONS:
+        raise ValueError(
+            f"{_OP}: input_precision must be one of {', '.join(INPUT_PRECISIONS)}, "
+            f"got {input_precision!r}"
+        )
     given, count, longest = _prepare(
         x, (w1, b1, w2, b2), grad, max_length, gate, activation, blocks, keep
     )
     if not (native.runs_on(x) and not x.is_meta and count):
         return _composed(*given, count, activation, longest, keep)
-    found = StackLengths(*_RAW(*given, count, CODES[activation], longest, keep))
+    codes = (CODES[activation], longest, keep, INPUT_PRECISIONS.index(input_precision))
+    found = StackLengths(*_RAW(*given, count, *codes))
     return found if keep else found._replace(rows=None)
+
+
+def precision_used(x: Tensor, input_precision: str) -> str:
+    """Return the input precision with which `lengths` computes on the device and dtype of x."""
+    chosen = x.is_cuda and native.runs_on(x) and x.dtype != torch.float64
+    return input_precision if chosen else "ieee"
 
 
 def reference(*args: Any, **options: Any) -> StackLengths:

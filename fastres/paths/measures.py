@@ -39,6 +39,7 @@ class Measures:
     sum_error: float = math.nan
     mixes_samples: bool = False
     measured: Mapping[str, Tensor] = field(default_factory=dict)  # by the names of the properties
+    input_precision: str = "ieee"
 
     @property
     def max_length(self) -> int:

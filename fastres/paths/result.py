@@ -17,7 +17,7 @@ from fastres.paths.measures import Measures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FACTS = ("method", "where", "sites", "paths", "sum_error", "mixes_samples")
+_FACTS = ("method", "where", "sites", "paths", "sum_error", "mixes_samples", "input_precision")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "exact": ("norms", "log2_norms", "shares"),
     "moments": (),
@@ -47,6 +47,8 @@ class PathGradients(Measures):
         gradient: The ordinary gradient g, [B, ...].
         sum_error: ||sum_k G_k - g|| / ||g||, tail included, as computed; nan for "sampled".
         mixes_samples: Whether batch norm in train mode tied the samples of the batch together.
+        input_precision: "ieee", or what `mlp_stack_paths` made of the factors of its products:
+            "tf32x3", or "tf32", which is not exact.
     """
 
     # the distribution of lengths
@@ -174,6 +176,9 @@ class PathGradients(Measures):
             lines.append(
                 f"tail {self.tail_share:.3g} of the gradient, sum off {self.sum_error:.1e}"
             )
+        if self.input_precision != "ieee":
+            inexact = ": not exact" if self.input_precision == "tf32" else ""
+            lines.append(f"factors of products as {self.input_precision}{inexact}")
         return "\n".join(lines)
 
     @property

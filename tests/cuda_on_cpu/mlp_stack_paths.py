@@ -24,7 +24,7 @@ class Shape(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "width", "hidden", "blocks", "longest")]
         + [(name, ctypes.c_int32) for name in ("dtype", "activation")]
-        + [("shared", ctypes.c_bool)]
+        + [("shared", ctypes.c_bool), ("precision", ctypes.c_int32)]
     )
 
 
@@ -106,7 +106,7 @@ class Runner:
         """Launch; an error of the kernel is an error here."""
         got = Outputs.of(case)
         shape = Shape(case.batch, case.width, case.hidden, case.blocks, case.longest, case.index,
-                      ACTIVATIONS.index(case.activation), case.shared)  # fmt: skip
+                      ACTIVATIONS.index(case.activation), case.shared, case.precision)  # fmt: skip
         args = Args(shape, weights_of(inputs), address(x), address(cotangent),
                     *(address(a) for a in vars(got).values()), None)  # fmt: skip
         error = self.library.paths(
@@ -122,7 +122,7 @@ class Runner:
 
     def check(self, case: Case, got: Outputs, want: Reference) -> None:
         """Compare all outputs; rounding is proportional to the terms of a sum."""
-        unit, element = 64 * (case.blocks + 1) * case.element.unit, case.element
+        unit, element = 64 * (case.blocks + 1) * case.unit, case.element
         tiny = 16 * float(np.finfo(element.wide).tiny)
         rows, g = want.rows, want.g
         # A row has one exponent: elements less than 2^-90 of its largest may be lost.

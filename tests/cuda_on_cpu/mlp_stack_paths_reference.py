@@ -42,11 +42,17 @@ class Case:
     shared_bytes: int
     tf32: bool = False
     turns: bool = False  # branches are 2^power and 2^-power times the identity by turns
+    precision: int = 0  # fastres::mlp_stack_paths::InputPrecision
 
     @property
     def element(self) -> Element:
         """Return the element type."""
         return ELEMENTS[self.index]
+
+    @property
+    def unit(self) -> float:
+        """Return the rounding, that of tf32 where a factor is one of them."""
+        return 2.0**-14 if self.precision == 2 else self.element.unit
 
     @property
     def rows(self) -> int:
@@ -77,6 +83,16 @@ def cases(seed: int = 0) -> Iterator[Case]:
                 int(rng.choice([0, 0, 100, -130 if index else -600])), bool(rng.random() < 0.6),
                 bool(rng.random() < 0.6), int(rng.random() < 0.2),
                 float(rng.choice([0, 0, 0, 0, 0, np.inf, np.nan])), memory(batch))  # fmt: skip
+            # Tensor cores; nothing infinite, of which the rest is NaN. By both where rows and where
+            # a tile of hidden features does not fit.
+            most = hidden == 130
+            precisions = (1, 2) if most or batch == 9 else (1 + turn % 2,)
+            for precision in precisions if index == 1 else ():
+                yield Case(
+                    index, batch, width, hidden, blocks, longest,
+                    ACTIVATIONS[turn // 2 % len(ACTIVATIONS)], "rows", False, 0, 0, True, True, 0,
+                    0, least_shared_bytes(index, batch) if most else memory(batch),
+                    precision=precision)  # fmt: skip
         for power, blocks, longest in [(-30, 12, 12), (30, 12, 12), (-30, 12, 9), (60, 20, 20)]:
             activation = str(rng.choice(["identity", "tanh"]))
             yield Case(index, 2, 20, 17, blocks, longest, activation, "none", False, power,
