@@ -56,11 +56,11 @@ constexpr int64_t kMultiprocessors =
     2;  // likewise, what is for more samples than they take at once
 
 inline uint4 load16(const void* p, cuda_on_cpu::Site at = cuda_on_cpu::Site::here()) {
-  cuda_on_cpu::check16("load16", p, at);
+  cuda_on_cpu::check_aligned("load16", p, 16, at);
   return *static_cast<const uint4*>(p);
 }
 inline void store16(void* p, uint4 v, cuda_on_cpu::Site at = cuda_on_cpu::Site::here()) {
-  cuda_on_cpu::check16("store16", p, at);
+  cuda_on_cpu::check_aligned("store16", p, 16, at);
   *static_cast<uint4*>(p) = v;
 }
 

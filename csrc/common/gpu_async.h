@@ -22,12 +22,18 @@ __device__ __forceinline__ char* dynamic_shared() {
   return fastres_dynamic_shared;
 }
 
-// Starts a copy of 16 bytes to shared memory, or of 16 zeros where not `inside`: then `from` is any
-// valid address. Both on boundaries of 16 bytes.
-__device__ __forceinline__ void start_copy16(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
-               : "memory");
+// Starts a copy of kBytes, 4, 8 or 16, to shared memory, or of as many zeros where not `inside`:
+// then `from` is any valid address. Both on boundaries of kBytes.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* to, const void* from, bool inside) {
+  if constexpr (kBytes == 16)  // past L1
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "n"(kBytes), "r"(inside ? kBytes : 0)
+                 : "memory");
 }
 // The copies that the thread has started since the last call are a group.
 __device__ __forceinline__ void end_copy_group() {
@@ -86,9 +92,10 @@ void launch_with_shared(const char* name, void (*kernel)(P...), std::atomic<uint
 #else
 
 inline char* dynamic_shared() { return cuda_on_cpu::block.dynamic.get(); }
-inline void start_copy16(void* to, const void* from, bool inside,
-                         cuda_on_cpu::Site at = cuda_on_cpu::Site::here()) {
-  cuda_on_cpu::start_copy16("start_copy16", to, from, inside, at);
+template <int kBytes> void start_copy(void* to, const void* from, bool inside,
+                                      cuda_on_cpu::Site at = cuda_on_cpu::Site::here()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "those of cp.async");
+  cuda_on_cpu::start_copy("start_copy", to, from, kBytes, inside, at);
 }
 inline void end_copy_group() { ++cuda_on_cpu::self().groups; }
 template <int kLeft> void wait_for_copies() { cuda_on_cpu::wait_for_copies(kLeft); }

@@ -112,40 +112,50 @@ template <class T> struct Matrix {
   const T* data;  // [rows, cols]
   int64_t rows;
   int cols;
-  bool packed;  // all rows begin on boundaries of 16 bytes
+  // Whether all rows begin on boundaries of so many bytes.
+  __device__ __forceinline__ bool aligned(int bytes) const {
+    return (reinterpret_cast<uintptr_t>(data) | (cols * sizeof(T))) % bytes == 0;
+  }
 };
-template <class T> FASTRES_HD bool is_packed(const T* data, int64_t cols) {
-  return (reinterpret_cast<uintptr_t>(data) | (cols * sizeof(T))) % 16 == 0;
-}
 
 // Starts to copy the panel of rows m or n from mn on and of k from k on; zeros beyond the matrix.
-// Either way a panel has 8 packs of 16 bytes per row m or n: one code for both.
+// A row of a panel has 16 bytes for each of a number of threads that divides `threads`.
 template <int kExtent, class T>
 __device__ __forceinline__ void fetch_panel(char* at, const Matrix<T>& from, bool along, int64_t mn,
                                             int64_t k, int threads) {
-  constexpr int kPack = kPackSize<T>, kPacks = 8 * kExtent;
-  const int cols = along ? kDepth<T> : kExtent,
+  static_assert(kExtent / kPackSize<T> <= 32, "a row is for whole threads of a warp");
+  const int rows = along ? kExtent : kDepth<T>, cols = along ? kDepth<T> : kExtent,
             stride = along ? kAlongStride<T> : across_stride(kExtent);
   const int64_t row = along ? mn : k;
   const int col = int(along ? k : mn);
   T* const to = reinterpret_cast<T*>(at);
-  if (from.packed) {
+  if (from.aligned(16)) {  // one column of packs for a thread: little to compute
+    const int of_row = cols / kPackSize<T>, step = threads / of_row;
+    const int first = threadIdx.x / of_row, c = threadIdx.x % of_row * kPackSize<T>;
+    const int64_t below = from.rows - row;
+    int left = col + c < from.cols ? int(below < rows ? below : rows) - first : 0;
+    const T* source = from.data + (row + first) * from.cols + (col + c);
+    T* target = to + first * stride + c;
 #pragma unroll
-    for (int i = threadIdx.x; i < kPacks; i += threads) {
-      const int r = along ? i / 8 : i / (kExtent / kPack);
-      const int c = (along ? i % 8 : i % (kExtent / kPack)) * kPack;
-      const bool inside = row + r < from.rows && col + c < from.cols;
-      start_copy16(to + r * stride + c,
-                   inside ? from.data + (row + r) * from.cols + (col + c) : from.data, inside);
+    for (int r = 0; r < rows; r += step) {
+      if (rows % step != 0 && first + r >= rows) break;
+      start_copy<16>(target, left > 0 ? source : from.data, left > 0);
+      source += int64_t(step) * from.cols, target += step * stride, left -= step;
     }
-  } else {
+    return;
+  }
+  // An element at a time, two of 2 bytes where they are aligned; one of them cannot be copied so.
+  constexpr int kBytes = sizeof(T) > 4 ? sizeof(T) : 4;
+  const bool copies = sizeof(T) >= 4 || from.aligned(kBytes);
+  const int together = copies ? kBytes / int(sizeof(T)) : 1;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < kPacks * kPack; i += threads) {
-      const int r = i / cols, c = i % cols;
-      const bool inside = row + r < from.rows && col + c < from.cols;
-      to[r * stride + c] =
-          inside ? from.data[(row + r) * from.cols + (col + c)] : narrow<T>(accumulate_t<T>(0));
-    }
+  for (int i = threadIdx.x * together; i < rows * cols; i += threads * together) {
+    const int r = i / cols, c = i % cols;
+    const bool inside = row + r < from.rows && col + c < from.cols;
+    const T* const source = inside ? from.data + (row + r) * from.cols + (col + c) : from.data;
+    T* const target = to + r * stride + c;
+    if (copies) start_copy<kBytes>(target, source, inside);
+    else *target = inside ? *source : narrow<T>(accumulate_t<T>(0));
   }
 }
 

@@ -45,7 +45,7 @@ template <class T> struct LayerWeights {
   int64_t channels;
   Matrix<T> of(int64_t block, int second) const {
     const T* const data = (second ? w2 : w1) + block * step;
-    return {data, 9 * channels, int(channels), gpu::is_packed(data, channels)};
+    return {data, 9 * channels, int(channels)};
   }
 };
 template <class T>

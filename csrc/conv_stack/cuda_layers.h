@@ -79,8 +79,8 @@ template <class Tile> class Windows {
       const bool inside = tap_ < 9 && unsigned(row_[i] + dy) < unsigned(p_.height) &&
                           unsigned(column_[i] + dx) < unsigned(p_.width);
       const int64_t pixel = first_ + i * kStep + int64_t(dy) * p_.width + dx;
-      gpu::start_copy16(to + i * kStep * gpu::kAlongStride<T>,
-                        inside ? x_ + pixel * p_.channels + channel_ : x_, inside);
+      gpu::start_copy<16>(to + i * kStep * gpu::kAlongStride<T>,
+                          inside ? x_ + pixel * p_.channels + channel_ : x_, inside);
     }
     channel_ += gpu::kDepth<T>;
     normalize();

@@ -87,11 +87,11 @@ template <class Tile> struct Taps {
     T* const to = reinterpret_cast<T*>(slot);
     for (int i = threadIdx.x; i < 3 * kChannels * kPacks; i += Tile::kThreads) {
       const int row = i / kPacks, tap = row / kChannels, col = i % kPacks * kPack;
-      gpu::start_copy16(to + row * Tile::kWeightStride + col,
-                        from + (row + 2 * tap * kChannels) * kChannels + col, true);
+      gpu::start_copy<16>(to + row * Tile::kWeightStride + col,
+                          from + (row + 2 * tap * kChannels) * kChannels + col, true);
     }
     if (threadIdx.x < kPacks)
-      gpu::start_copy16(to + Tile::kBias + threadIdx.x * kPack, bias + threadIdx.x * kPack, true);
+      gpu::start_copy<16>(to + Tile::kBias + threadIdx.x * kPack, bias + threadIdx.x * kPack, true);
     ++step;
   }
 };

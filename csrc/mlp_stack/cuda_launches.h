@@ -58,7 +58,7 @@ template <class T> struct BackwardScratch {
 
 template <class T> Matrix<T> matrix_of(const void* data, int64_t rows, int64_t cols) {
   const T* p = static_cast<const T*>(data);
-  return {p, rows, int(cols), gpu::is_packed(p, cols)};
+  return {p, rows, int(cols)};
 }
 
 // The weights of one block.
@@ -190,15 +190,13 @@ template <class Tile> void weight_gradients(const BackwardArgs& a, void* stream)
   const auto own = [&](void* p, int64_t each) {
     return s.shared ? nullptr : static_cast<T*>(p) + a.first * each;
   };
-  launch_tiles("mlp_stack: gradient_kernel", gradient_kernel<Tile>,
-               dim3(unsigned(groups * 2 * gradient_tiles<Tile>(s))), stream,
-               GradientArgs<Tile>{x, scratch.gated, scratch.hidden, scratch.delta, s.batch,
-                                  int(s.width), int(s.hidden), gpu::is_packed(x, s.width),
-                                  gpu::is_packed(scratch.gated, s.width),
-                                  gpu::is_packed(scratch.delta, s.hidden), blocks, group,
-                                  own(a.gw1, s.width * s.hidden), own(a.gb1, s.hidden),
-                                  own(a.gw2, s.width * s.hidden), own(a.gb2, s.width),
-                                  s.shared ? scratch.gradients : nullptr, size});
+  launch_tiles(
+      "mlp_stack: gradient_kernel", gradient_kernel<Tile>,
+      dim3(unsigned(groups * 2 * gradient_tiles<Tile>(s))), stream,
+      GradientArgs<Tile>{x, scratch.gated, scratch.hidden, scratch.delta, s.batch, int(s.width),
+                         int(s.hidden), blocks, group, own(a.gw1, s.width * s.hidden),
+                         own(a.gb1, s.hidden), own(a.gw2, s.width * s.hidden), own(a.gb2, s.width),
+                         s.shared ? scratch.gradients : nullptr, size});
   if (s.shared)
     gpu::launch(
         "mlp_stack: join_kernel", join_kernel<A>, copy_grid(size), kCopyThreads, stream,

@@ -97,8 +97,7 @@ template <class Tile> struct Panels {
     const int rows = second ? width : hidden, depth = second ? hidden : width;
     const T* data =
         at<T>(second ? a.weights.w2 : a.weights.w1, s.shared ? 0 : block * s.width * s.hidden);
-    gpu::fetch_panel<Tile::kN>(slot, Matrix<T>{data, rows, depth, gpu::is_packed(data, depth)},
-                               true, left, k, Tile::kThreads);
+    gpu::fetch_panel<Tile::kN>(slot, Matrix<T>{data, rows, depth}, true, left, k, Tile::kThreads);
     if ((k += gpu::kDepth<T>) < depth) return;
     k = 0;
     if ((left += Tile::kN) < rows) return;

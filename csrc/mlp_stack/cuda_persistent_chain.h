@@ -25,13 +25,12 @@ template <class Tile> struct ChainPanels {
     const int64_t set = s.shared ? 0 : block * s.width * s.hidden;
     const T* data = at<T>(product == kQ ? a.weights.w2 : a.weights.w1, set);
     const int rows = product == kQ ? width : hidden, cols = product == kQ ? hidden : width;
-    gpu::fetch_panel<Tile::kN>(slot, Matrix<T>{data, rows, cols, gpu::is_packed(data, cols)},
-                               product == kZ, left, k, Tile::kThreads);
+    gpu::fetch_panel<Tile::kN>(slot, Matrix<T>{data, rows, cols}, product == kZ, left, k,
+                               Tile::kThreads);
     if (product == kZ) {
       const T* x = at<T>(a.states, (block - a.first) * s.batch * s.width);
-      gpu::fetch_panel<Tile::kM>(slot + gpu::panel_bytes(Tile::kN),
-                                 Matrix<T>{x, s.batch, width, gpu::is_packed(x, width)}, true, top,
-                                 k, Tile::kThreads);
+      gpu::fetch_panel<Tile::kM>(slot + gpu::panel_bytes(Tile::kN), Matrix<T>{x, s.batch, width},
+                                 true, top, k, Tile::kThreads);
     }
     next(width, hidden);
   }

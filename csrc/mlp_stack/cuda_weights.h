@@ -25,11 +25,10 @@ template <class Tile> struct GradientArgs {
   const T *x, *gated, *h, *dz;  // [blocks, B, D] twice, [blocks, B, H] twice
   int64_t batch;
   int width, hidden;
-  bool packed_x, packed_width, packed_hidden;  // rows of x, gated, and of h and dz
-  int64_t blocks, group;                       // blocks, those of one group
-  T *gw1, *gb1, *gw2, *gb2;                    // [blocks, ...]; or null: group == 1
-  A* parts;                                    // [groups, gradient_size]; or null
-  int64_t size;                                // gradient_size
+  int64_t blocks, group;     // blocks, those of one group
+  T *gw1, *gb1, *gw2, *gb2;  // [blocks, ...]; or null: group == 1
+  A* parts;                  // [groups, gradient_size]; or null
+  int64_t size;              // gradient_size
 };
 
 // The tile at [row, col] of (rows of) left^T right over the samples of blocks [first, last).
@@ -69,9 +68,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
   if (second) tile -= wide * high;
   const int64_t tiles = second ? high : wide;  // in a row
   const int64_t row = tile / tiles * Tile::kM, col = tile % tiles * Tile::kN;
-  const Matrix<T> gated{a.gated, a.batch, a.width, a.packed_width},
-      h{a.h, a.batch, a.hidden, a.packed_hidden}, x{a.x, a.batch, a.width, a.packed_x},
-      dz{a.dz, a.batch, a.hidden, a.packed_hidden};
+  const Matrix<T> gated{a.gated, a.batch, a.width}, h{a.h, a.batch, a.hidden},
+      x{a.x, a.batch, a.width}, dz{a.dz, a.batch, a.hidden};
   const int64_t first = group * a.group,
                 last = first + a.group < a.blocks ? first + a.group : a.blocks;
   Products<Tile> sums;

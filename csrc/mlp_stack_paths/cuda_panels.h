@@ -56,9 +56,8 @@ template <class T> struct PathPanels {
     if (tile < 0) begin_block();
     const int64_t rows = second ? s.hidden : s.width, cols = second ? s.width : s.hidden;
     const T* data = at<T>(second ? w.w1 : w.w2, s.shared ? 0 : block * s.width * s.hidden);
-    gpu::fetch_panel<kColumns>(slot,
-                               gpu::Matrix<T>{data, rows, int(cols), gpu::is_packed(data, cols)},
-                               false, left, k, int(blockDim.x));
+    gpu::fetch_panel<kColumns>(slot, gpu::Matrix<T>{data, rows, int(cols)}, false, left, k,
+                               int(blockDim.x));
     if ((k += kDepth<T>) < rows) return;
     k = 0;
     if ((left += kColumns) < cols) return;
@@ -74,7 +73,7 @@ template <class T> struct PathPanels {
     const char* from = given.slopes_of(block, sample, slope_bytes);
     char* const to = slopes + done % 2 * slope_bytes;
     for (int64_t i = 16 * threadIdx.x; i < slope_bytes; i += 16 * blockDim.x)
-      gpu::start_copy16(to + i, from + i, true);
+      gpu::start_copy<16>(to + i, from + i, true);
   }
 };
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply(Sums<T, kRows>& sums, const T* const (&
                                          int64_t k, const char* panel, int first = 0) {
   constexpr int kPack = kPackSize<T>;
   const auto of = gpu::panel_at<kAlong, kColumns, T>(panel);
-#pragma unroll 16 / int(sizeof(T))  // float64 has no registers for more
+#pragma unroll sizeof(T) == 4 ? 4 : 1  // float64 has no registers for more
   for (int pack = 0; pack < kPacks; ++pack) {
     const int i = (first + pack) * kPack;
     Pack<T> a[kRows];

@@ -67,9 +67,8 @@ template <class T> struct SlopePanels {
     const int64_t rows = second ? s.width : s.hidden, cols = second ? s.hidden : s.width;
     const T* data =
         at<T>(second ? a.weights.w2 : a.weights.w1, s.shared ? 0 : block * s.width * s.hidden);
-    gpu::fetch_panel<kColumns>(slot,
-                               gpu::Matrix<T>{data, rows, int(cols), gpu::is_packed(data, cols)},
-                               true, left, k, kSlopeThreads);
+    gpu::fetch_panel<kColumns>(slot, gpu::Matrix<T>{data, rows, int(cols)}, true, left, k,
+                               kSlopeThreads);
     if ((k += kDepth<T>) < cols) return;
     k = 0;
     if ((left += kColumns) < rows) return;

@@ -14,7 +14,7 @@ inline void need_whole_warp(const char* what, Site at) {
 template <bool kTurned>
 void load_matrices(const char* what, uint32_t (&r)[4], const void* row, Site at) {
   need_whole_warp(what, at);
-  check16(what, row, at);
+  check_aligned(what, row, 16, at);
   if (!is_shared(row)) fail(what, ": address not in shared memory", at);
   struct Argument {
     uint16_t row[8];

@@ -37,8 +37,9 @@ inline bool is_shared(const void* p) {
                      [c](const Region& r) { return c >= r.data && c < r.data + r.bytes; });
 }
 
-inline void check16(const char* what, const void* p, Site at) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) fail(what, ": address not a multiple of 16", at);
+inline void check_aligned(const char* what, const void* p, unsigned bytes, Site at) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    fail(what, (": address not a multiple of " + std::to_string(bytes)).c_str(), at);
 }
 
 // A static shared array: the first thread of each block that gets there poisons it.

@@ -33,7 +33,7 @@ __global__ void missing_barrier_kernel(float* sum) {
 // Sums the first of the 16 bytes that each thread copies, before they have landed.
 __global__ void early_read_kernel(const float* in, float* sum) {
   SHARED_ARRAY(float, all, [32 * 4]);
-  fastres::gpu::start_copy16(all + 4 * threadIdx.x, in, true);
+  fastres::gpu::start_copy<16>(all + 4 * threadIdx.x, in, true);
   fastres::gpu::end_copy_group();
   fastres::gpu::wait_for_copies<1>();
   *sum += all[4 * threadIdx.x];

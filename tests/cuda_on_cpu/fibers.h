@@ -71,10 +71,10 @@ struct Context {
 constexpr size_t kStackBytes = 256 * 1024;  // 28 KiB are used at most under the address sanitizer
 constexpr unsigned kMostThreads = 1024, kWarp = 32;
 
-struct Copy {  // of 16 bytes to shared memory, under way; `from` null: of zeros
+struct Copy {  // to shared memory, under way; `from` null: of zeros
   void* to;
   const void* from;
-  unsigned group;
+  unsigned bytes, group;
 };
 
 struct Fiber {
