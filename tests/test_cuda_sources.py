@@ -96,6 +96,18 @@ def test_the_kernels_of_a_stack_can_be_chosen(route: str, used: str) -> None:  #
 
 
 @needs_fibers
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [16, 64, 200])
+def test_scratch_for_a_segment_of_a_stack_serves_a_shorter_one(shared: bool, width: int) -> None:
+    library = ctypes.CDLL(str(build.library(sources("mlp_stack"), build.toolkit())))
+    needed = library.backward_scratch_bytes
+    needed.restype = ctypes.c_int64
+    shape = mlp_stack.Shape(1, width, 24, 40, 1, 0, shared, False)
+    bytes_by_blocks = [needed(ctypes.byref(shape), ctypes.c_int64(b)) for b in range(41)]
+    assert bytes_by_blocks == sorted(bytes_by_blocks)
+
+
+@needs_fibers
 @pytest.mark.parametrize("memory", ["shared", "rows global", "global"])
 def test_the_rows_of_paths_are_tried_in(memory: str) -> None:
     library = build.library(sources("mlp_stack_paths"), build.toolkit())

@@ -50,8 +50,7 @@ template <class T> struct BackwardScratch {
     hidden = cutter.take<T>(blocks * s.batch * s.hidden);
     rounded = cutter.take<T>(kWide ? s.batch * s.width : 0);
     dots = cutter.take<A>(parts > 1 ? blocks * s.batch * parts : 0);
-    const int64_t groups = s.shared && blocks ? ceil_div(blocks, group_size(s, blocks)) : 0;
-    gradients = cutter.take<A>(groups * gradient_size(s));
+    gradients = cutter.take<A>(s.shared ? groups_of(s, blocks) * gradient_size(s) : 0);
     bytes = cutter.bytes();
   }
 };
@@ -183,8 +182,8 @@ template <class Tile> void weight_gradients(const BackwardArgs& a, void* stream)
   using T = typename Tile::T;
   using A = typename Tile::A;
   const Shape& s = a.shape;
-  const int64_t blocks = a.last - a.first, group = s.shared ? group_size(s, blocks) : 1;
-  const int64_t groups = ceil_div(blocks, group), size = gradient_size(s);
+  const int64_t blocks = a.last - a.first, groups = s.shared ? groups_of(s, blocks) : blocks;
+  const int64_t size = gradient_size(s);
   const BackwardScratch<T> scratch(s, blocks, a.scratch);
   const T* const x = static_cast<const T*>(a.states);
   const auto own = [&](void* p, int64_t each) {
@@ -194,7 +193,7 @@ template <class Tile> void weight_gradients(const BackwardArgs& a, void* stream)
       "mlp_stack: gradient_kernel", gradient_kernel<Tile>,
       dim3(unsigned(groups * 2 * gradient_tiles<Tile>(s))), stream,
       GradientArgs<Tile>{x, scratch.gated, scratch.hidden, scratch.delta, s.batch, int(s.width),
-                         int(s.hidden), blocks, group, own(a.gw1, s.width * s.hidden),
+                         int(s.hidden), blocks, groups, own(a.gw1, s.width * s.hidden),
                          own(a.gb1, s.hidden), own(a.gw2, s.width * s.hidden), own(a.gb2, s.width),
                          s.shared ? scratch.gradients : nullptr, size});
   if (s.shared)

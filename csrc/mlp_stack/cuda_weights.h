@@ -12,11 +12,12 @@ inline int64_t gradient_size(const Shape& s) { return 2 * s.width * s.hidden + s
 template <class Tile> int64_t gradient_tiles(const Shape& s) {
   return ceil_div(s.width, Tile::kN) * ceil_div(s.hidden, Tile::kM);
 }
-// Blocks of shared weights that are summed up together: groups for 132 SMs times 4, no more.
-inline int64_t group_size(const Shape& s, int64_t blocks) {
+// Groups of blocks of shared weights, each summed up by itself: for 132 SMs times 4, no more. Fewer
+// blocks never make more of them, so that scratch for many blocks serves few.
+inline int64_t groups_of(const Shape& s, int64_t blocks) {
   const int64_t tiles = 2 * gradient_tiles<LayerTile<Arithmetic<float, false>>>(s);
-  const int64_t groups = ceil_div(gpu::kMultiprocessors * 4, tiles);
-  return ceil_div(blocks, groups < blocks ? groups : blocks);
+  const int64_t most = ceil_div(gpu::kMultiprocessors * 4, tiles);
+  return most < blocks ? most : blocks;
 }
 
 template <class Tile> struct GradientArgs {
@@ -25,8 +26,8 @@ template <class Tile> struct GradientArgs {
   const T *x, *gated, *h, *dz;  // [blocks, B, D] twice, [blocks, B, H] twice
   int64_t batch;
   int width, hidden;
-  int64_t blocks, group;     // blocks, those of one group
-  T *gw1, *gb1, *gw2, *gb2;  // [blocks, ...]; or null: group == 1
+  int64_t blocks, groups;
+  T *gw1, *gb1, *gw2, *gb2;  // [blocks, ...]; or null: a group has one block
   A* parts;                  // [groups, gradient_size]; or null
   int64_t size;              // gradient_size
 };
@@ -70,8 +71,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSm)
   const int64_t row = tile / tiles * Tile::kM, col = tile % tiles * Tile::kN;
   const Matrix<T> gated{a.gated, a.batch, a.width}, h{a.h, a.batch, a.hidden},
       x{a.x, a.batch, a.width}, dz{a.dz, a.batch, a.hidden};
-  const int64_t first = group * a.group,
-                last = first + a.group < a.blocks ? first + a.group : a.blocks;
+  const int64_t first = group * a.blocks / a.groups, last = (group + 1) * a.blocks / a.groups;
   Products<Tile> sums;
   A bias = 0;
   add_gradients(sums, bias, second ? gated : dz, second ? h : x, row, col, first, last);

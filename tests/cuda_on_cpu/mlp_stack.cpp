@@ -13,6 +13,9 @@ extern "C" const char* backward(const BackwardArgs* args, uint64_t seed) {
     if (a.gw1) launch_cuda_weights(a, nullptr);
   });
 }
+extern "C" int64_t backward_scratch_bytes(const Shape* shape, int64_t blocks) {
+  return scratch_bytes(BackwardArgs{*shape, {}, 0, blocks});
+}
 extern "C" const char* route(const Shape* shape) { return route_cuda(*shape); }
 // Bytes of shared memory that the device has from now on.
 extern "C" void set_shared_bytes(int64_t bytes) { cuda_on_cpu::options.shared_bytes = bytes; }
