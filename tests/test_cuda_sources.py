@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cuda_on_cpu import (
     batch_norm_residual,
@@ -114,6 +116,28 @@ def test_the_rows_of_paths_are_tried_in(memory: str) -> None:
     printed = run_in_its_own_process("mlp_stack_paths", library, {**os.environ})
     for precision in ("", ", tf32x3", ", tf32"):
         assert re.search(f"paths_kernel, {memory}{precision}(,|$)", printed, re.MULTILINE)
+
+
+@needs_fibers
+@pytest.mark.parametrize(("width", "blocks", "longest"), [(40, 60, 20), (256, 16, 16)])
+def test_tf32x3_is_as_exact_as_float32(width: int, blocks: int, longest: int) -> None:
+    library = build.library(sources("mlp_stack_paths"), build.toolkit())
+    runner = mlp_stack_paths.Runner(str(library), 0)
+    case = mlp_stack_paths_reference.Case(
+        1, 2, width, 70, blocks, longest, "relu", "none", shared=False, power=0, lift=0,
+        wants_kept=True, wants_tail=False, shift=0, spoilt=0, shared_bytes=227 << 10)  # fmt: skip
+
+    def error(precision: int) -> float:
+        """Return the largest relative error of a length."""
+        tried = dataclasses.replace(case, precision=precision)
+        inputs, x, cotangent = runner.inputs(tried)
+        want = mlp_stack_paths_reference.reference(tried, inputs, x, cotangent).rows
+        kept = runner.launch(tried, inputs, x, cotangent).kept
+        norms = (np.linalg.norm(rows, axis=(1, 2)) for rows in (kept - want, want))
+        return float(np.max(np.divide(*norms)))
+
+    ieee, tf32x3, tf32 = map(error, range(3))
+    assert tf32x3 < 2 * ieee < tf32 / 100
 
 
 @needs_fibers

@@ -33,6 +33,10 @@ template <class T_> struct MultiplyAdds {
 // Tensor cores, whose factors are float32 rounded to tf32, 11 bits. kTerms 3: each factor is the
 // sum of two of them, 22 bits, and three of the four products are taken; the last is below 2^-22 of
 // the first. 1: each is one of them, which is not exact.
+//
+// Tensor cores cut sums off instead of rounding them (Fasi et al. 2021, Numerical behavior of
+// NVIDIA tensor cores), towards 0, so that the errors of many steps do not cancel. Where it is to be
+// exact, no more than 8 products of a sum are therefore added up there.
 template <int kTerms> struct TensorCores {
   using T = float;
   using Columns = gpu::Pair<T>;
@@ -48,7 +52,7 @@ template <int kTerms> struct TensorCores {
   __device__ __forceinline__ void add(const T* const (&rows)[kRows], int64_t k, const char* panel) {
     const auto of = gpu::panel_at<false, kColumns, T>(panel);
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
+#pragma unroll 2  // more would not leave enough registers
     for (int i = 0; i < kDepth<T>; i += 8) {
       Factor<4> a;
 #pragma unroll
@@ -58,12 +62,16 @@ template <int kTerms> struct TensorCores {
         Factor<2> b;
 #pragma unroll
         for (int j = 0; j < 2; ++j) b.set(j, *of.at(8 * pack + g, i + t + 4 * j));
-        float (&sum)[4] = sums[pack];
-        if constexpr (kTerms == 3) {  // the small ones first
-          gpu::multiply_add<T>(sum, a.rest, b.v[0], b.v[1]);
-          gpu::multiply_add<T>(sum, a.v, b.rest[0], b.rest[1]);
+        if constexpr (kTerms == 1) {
+          gpu::multiply_add<T>(sums[pack], a.v, b.v[0], b.v[1]);
+        } else {
+          float part[4] = {};  // the small ones first
+          gpu::multiply_add<T>(part, a.rest, b.v[0], b.v[1]);
+          gpu::multiply_add<T>(part, a.v, b.rest[0], b.rest[1]);
+          gpu::multiply_add<T>(part, a.v, b.v[0], b.v[1]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[pack][e] += part[e];
         }
-        gpu::multiply_add<T>(sum, a.v, b.v[0], b.v[1]);
       }
     }
   }
