@@ -49,9 +49,8 @@ template <class Body> bool with_persistent_tile(const Shape& s, bool chain, cons
   };
   const auto pick = [&](auto arithmetic) {
     using Arithmetic = decltype(arithmetic);
-    // Tiles of 16 samples read at most what one on each multiprocessor does at width 64.
-    const bool few =
-        ceil_div(s.batch, 16) * (widest < 64 ? 64 : widest) <= gpu::kMultiprocessors * 64;
+    // As long as each tile of 16 samples has a multiprocessor to itself.
+    const bool few = ceil_div(s.batch, 16) <= gpu::kMultiprocessors;
     if constexpr (sizeof(typename Arithmetic::T) == 2)
       if (!few && widest > 64) take(WideTile<Arithmetic>());
     if (!few) take(NarrowTile<Arithmetic>());
