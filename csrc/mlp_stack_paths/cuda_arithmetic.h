@@ -78,7 +78,7 @@ template <int kTerms> struct TensorCores {
   static constexpr int kColumnLanes = 1 | 2;
 
  private:
-  // Registers of a factor, and what rounding took of them.
+  // Registers of a factor, and what rounding took of them: 12 bits, of which 11 are read.
   template <int kCount> struct Factor {
     uint32_t v[kCount], rest[kTerms == 3 ? kCount : 1];
     __device__ __forceinline__ void set(int i, float number) {
@@ -86,7 +86,8 @@ template <int kTerms> struct TensorCores {
       if constexpr (kTerms == 3) {
         float rounded;
         memcpy(&rounded, &v[i], 4);
-        rest[i] = gpu::to_tf32(number - rounded);
+        number -= rounded;
+        memcpy(&rest[i], &number, 4);
       }
     }
   };
