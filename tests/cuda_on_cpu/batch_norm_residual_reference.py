@@ -12,7 +12,8 @@ from cuda_on_cpu.residual_add_reference import ELEMENTS, Array
 EPS = 1e-3
 # rows, channels, places: lanes of 8 to 256, some of them idle; samples split over blocks or not
 SHAPES = [(1, 1, 2), (3, 2, 1), (2, 3, 7), (5, 8, 16), (4, 17, 9), (1, 5, 300), (2, 40, 33),
-          (3, 300, 5), (33, 3, 4), (2, 2, 1100), (0, 3, 4), (2, 3, 0)]  # fmt: skip
+          (3, 300, 5), (33, 3, 4), (2, 2, 1100), (2, 264, 7), (2, 2, 2056), (0, 3, 4),
+          (2, 3, 0)]  # fmt: skip
 
 
 @dataclass(frozen=True)
