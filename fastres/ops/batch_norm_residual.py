@@ -20,7 +20,7 @@ from fastres.ops.batch_norm_residual_straight import (
     with_autograd,
 )
 from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived
-from fastres.ops.layout import accumulate
+from fastres.ops.layout import accumulate, gate_of
 from fastres.ops.stats import Stats
 
 _OP = "batch_norm_residual"
@@ -130,7 +130,7 @@ def run(
     dtype = f.dtype if x is None else torch.promote_types(x.dtype, f.dtype)
     wide = accumulate(dtype)
     if gate is not None:
-        gate = torch.as_tensor(gate, dtype=wide, device=f.device).expand(f.size(0))
+        gate = gate_of(gate, f, wide).expand(f.size(0))
     known = (None, None) if training else (running_mean, running_var)
     small = [_cast(t, wide) for t in (weight, bias, *known)]
     given: tuple[Any, ...] = (_cast(x, dtype), _cast(f, dtype), *small, gate)

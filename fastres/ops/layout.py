@@ -16,6 +16,13 @@ def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gate_of(gate: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gate as a tensor on the device of `like`; a number does not wait for the device."""
+    if isinstance(gate, Tensor):
+        return gate.to(like.device, dtype)
+    return torch.full((), gate, dtype=dtype, device=like.device)
+
+
 def has_dense_samples(t: Tensor) -> bool:
     """Tell whether samples lie one after the other, each filling its own stretch of memory."""
     if t.is_contiguous() or t.numel() == 0:

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastres.ops import native
 from fastres.ops.calls import check_flag, check_gate, check_tensor, is_underived, plain_apply
-from fastres.ops.layout import DTYPES, accumulate, per_sample
+from fastres.ops.layout import DTYPES, accumulate, gate_of, per_sample
 from fastres.ops.residual_add_rules import FORWARD, CompiledResidualAdd, EagerResidualAdd
 from fastres.ops.stats import Stats, sums_of
 
@@ -77,7 +77,7 @@ def residual_add(
     dtype = torch.promote_types(x.dtype, f.dtype)
     x, f = x.to(dtype), f.to(dtype)
     if gate is not None:
-        gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device).expand(x.size(0))
+        gate = gate_of(gate, x, accumulate(dtype)).expand(x.size(0))
     gate_grad = gate is not None and gate.requires_grad
     apply: Any = CompiledResidualAdd.apply if compiled else _apply
     y, sums, _ = apply(x, f, gate, relu, differentiable_stats, gate_grad)
@@ -96,7 +96,7 @@ def reference(
     dtype = torch.promote_types(x.dtype, f.dtype)
     skip, branch = x.to(accumulate(dtype)), f.to(accumulate(dtype))
     if gate is not None:
-        gate = torch.as_tensor(gate, dtype=accumulate(dtype), device=x.device)
+        gate = gate_of(gate, x, accumulate(dtype))
         branch = branch * per_sample(gate, branch)
     y = (skip + branch).to(dtype)
     if not differentiable_stats:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastres.ops.calls import check_gate, check_tensor
-from fastres.ops.layout import accumulate
+from fastres.ops.layout import accumulate, gate_of
 from fastres.ops.mlp_stack_blocks import CODES
 
 
@@ -14,7 +13,7 @@ def expanded(gate: float | Tensor | None, x: Tensor, blocks: int) -> Tensor | No
     """View a gate as [L, B] in the accumulate dtype."""
     if gate is None:
         return None
-    gate = torch.as_tensor(gate, dtype=accumulate(x.dtype), device=x.device)
+    gate = gate_of(gate, x, accumulate(x.dtype))
     return (gate[:, None] if gate.dim() == 1 else gate).expand(blocks, x.size(0))
 
 
