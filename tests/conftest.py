@@ -20,6 +20,8 @@ settings.load_profile("ci")
 
 # What a GPU computes in float32 is held to float32's own rounding, of convolutions too.
 torch.backends.cudnn.allow_tf32 = False
+# And the same each time, as gradcheck asks for.
+torch.backends.cudnn.deterministic = True
 
 # glibc fills what it allocates with the complement of the lowest byte, 0xff: what a kernel forgets
 # to write is NaN, and not 0 by luck.
@@ -32,11 +34,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-cuda", action="store_true", help="a test that lacks a GPU or its kernels fails"
     )
+    parser.addoption("--only-cuda", action="store_true", help="only what runs on a GPU")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Small kernels on every core of a busy machine measure the scheduler, not the code."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    if config.getoption("--only-cuda"):
+        others = [item for item in items if not _runs_on_cuda(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _runs_on_cuda(item)]
+
+
+def _runs_on_cuda(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("device") == "cuda" or "cuda" in item.fixturenames
 
 
 def _available(request, device):

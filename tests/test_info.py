@@ -98,8 +98,7 @@ def test_every_variable_that_is_read_is_listed():
     assert found == {name for name in info.VARIABLES if name.startswith("FASTRES_")}
 
 
+@pytest.mark.usefixtures("cuda")
 def test_the_kernels_of_a_stack_on_this_gpu_are_told():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     told = info.collect()["libraries"]["_C_cuda"]["facts"]["mlp_stack"]
     assert re.match(r"one launch up to D = H = \d+ float32, \d+ bfloat16, \d+ float16; ", told)
