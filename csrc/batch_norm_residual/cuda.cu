@@ -6,8 +6,8 @@
 namespace fastres::batch_norm_residual {
 namespace {
 
-// Calls one(row, line, pos, c) for all packs of the block's pieces, and end(row) after each of them,
-// both in whole warps; pos may be beyond the line. Grid: rows, pieces.
+// Calls one(row, line, pos, c) for all packs of the block's pieces, and end(row) after each of
+// them, both in whole warps; pos may be beyond the line. Grid: rows, pieces.
 template <class L, class One, class End>
 __device__ __forceinline__ void for_each_pack(const Shape& s, const Plan& plan, const One& one,
                                               const End& end) {

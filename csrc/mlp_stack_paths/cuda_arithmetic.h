@@ -35,8 +35,8 @@ template <class T_> struct MultiplyAdds {
 // the first. 1: each is one of them, which is not exact.
 //
 // Tensor cores cut sums off instead of rounding them (Fasi et al. 2021, Numerical behavior of
-// NVIDIA tensor cores), towards 0, so that the errors of many steps do not cancel. Where it is to be
-// exact, no more than 8 products of a sum are therefore added up there.
+// NVIDIA tensor cores), towards 0, so that the errors of many steps do not cancel. Where it is to
+// be exact, no more than 8 products of a sum are therefore added up there.
 template <int kTerms> struct TensorCores {
   using T = float;
   using Columns = gpu::Pair<T>;
