@@ -28,11 +28,14 @@ NOT_COMPILED = "^(?!compile)"  # compiling takes seconds: not in a smoke run
 def parser() -> argparse.ArgumentParser:
     """Return the command line that all benchmarks share."""
     arguments = argparse.ArgumentParser(description="Measure fastres in interleaved runs.")
-    arguments.add_argument("names", nargs="*", help="benchmarks to run; all of them by default")
+    arguments.add_argument("names", nargs="*", help="to run, in this order; all by default")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--threads", type=int, nargs="+", help="CPU threads; 1 and 2 by default")
     arguments.add_argument("--filter", default="", help="only cases whose title has this regex")
     arguments.add_argument("--variants", default="", help="only variants whose name has this regex")
+    arguments.add_argument(
+        "--no-compile", action="store_true", help="without torch.compile; listed as not measured"
+    )
     arguments.add_argument("--smoke", action="store_true", help="tiny shapes, nothing is written")
     arguments.add_argument("--out", type=Path, default=results.FOLDER, help="folder for results")
     arguments.add_argument("--minutes", type=float, default=60.0, help="stop starting cases then")
@@ -52,17 +55,14 @@ def run(modules: Iterable[ModuleType], argv: list[str] | None = None) -> int:
         raise SystemExit("benchmarks: --device cuda needs an NVIDIA GPU, and torch sees none")
     if arguments.cpu_time and (arguments.device == "cuda" or (arguments.threads or [1]) != [1]):
         raise SystemExit("benchmarks: --cpu-time needs --device cpu and --threads 1")
-    modules = list(modules)
-    known = [module.NAME for module in modules]
+    known = {module.NAME: module for module in modules}
     for name in set(arguments.names) - set(known):
         raise SystemExit(f"benchmarks: names must be of {', '.join(known)}, got {name}")
     deadline = time.monotonic() + 60 * arguments.minutes
     kept = machine.hold_memory()
     status = 0
-    for module in modules:
+    for module in [known[name] for name in arguments.names or known]:
         device = torch.device(arguments.device)
-        if arguments.names and module.NAME not in arguments.names:
-            continue
         if not selected(module, device, arguments):
             continue
         report = measure(module, arguments, deadline, kept)
@@ -103,7 +103,7 @@ def measure(
                     results.miss(report, case, "any clock", OURS, "the time given was over")
                     continue
                 clocks = clocks_of(case, device, arguments.cpu_time)
-                one(case, clocks, device, count, protocol, peaks, report, arguments.variants)
+                one(case, clocks, device, count, protocol, peaks, report, arguments)
                 if _writes(arguments):
                     results.save(report, arguments.out)
     return report
@@ -111,11 +111,15 @@ def measure(
 
 def one(
     case: Case, clocks: list[Clock], device: torch.device, threads: int, protocol: Protocol,
-    peaks: dict[str, float], report: dict[str, Any], only: str,
+    peaks: dict[str, float], report: dict[str, Any], arguments: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Measure a case by each of the clocks, and note in the report what came of it."""
-    only = only or (NOT_COMPILED if protocol is SMOKE else "")
+    only = arguments.variants or (NOT_COMPILED if protocol is SMOKE else "")
     variants = {**case.variants, **limits.memory(case, device, threads)}
+    if arguments.no_compile:
+        for name in [v for v in variants if not re.search(NOT_COMPILED, v)]:
+            results.miss(report, case, "any clock", name, "left out by --no-compile")
+            del variants[name]
     variants = {k: v for k, v in variants.items() if re.search(only, k) or k == OURS or v.limit}
     if any(name.startswith("compile") for name in variants):
         torch._dynamo.reset()  # else the ninth shape of a function is no longer compiled

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks import limits, machine, mlp_stack, path_accumulate, residual_add
 from benchmarks import stack_baselines as others
 from benchmarks.case import OURS, Case, Protocol, Variant
 from benchmarks.clocks import UnavailableError, WallClock
-from benchmarks.command import measure, run
+from benchmarks.command import measure, one, run
 from benchmarks.harness import rotation, run_case, summarise
 
 
@@ -131,7 +132,7 @@ def test_a_device_gets_a_folder_name(model, cores, name):
 def smoke_of(module):
     before = torch.get_num_threads()
     asked = {"device": "cpu", "threads": [1], "filter": "", "variants": "", "commit": "0123456789"}
-    asked |= {"cpu_time": False}
+    asked |= {"cpu_time": False, "no_compile": False}
     report = measure(module, Namespace(**asked, smoke=True), float("inf"), "")
     torch.set_num_threads(before)
     return report
@@ -347,6 +348,43 @@ def test_the_gpu_command_says_what_is_missing(tmp_path):
     assert done.returncode == 1
     assert re.match("gpu: (nvcc|an NVIDIA GPU) must be ", done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_sanitizers_watch_on_a_gpu_runs_on_a_cpu():
+    command = [sys.executable, str(machine.ROOT / "tools/sanitize.py"), "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"sanitize: \d{3} calls, 0 wrong", done.stdout)
+
+
+def test_the_gpu_command_measures_every_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(machine.ROOT / "tools"))
+    files = Path(machine.ROOT, "benchmarks").glob("*.py")
+    with_cases = {p.stem for p in files if re.search(r"^def cases\(", p.read_text(), re.MULTILINE)}
+    assert sorted(import_module("gpu").BENCHMARKS) == sorted(with_cases)
+
+
+def test_benchmarks_run_in_the_order_in_which_they_are_named(monkeypatch):
+    ran = []
+
+    def measured(module, *_):
+        ran.append(module)
+        return {"not_measured": []}
+
+    monkeypatch.setattr("benchmarks.command.measure", measured)
+    run([path_accumulate, residual_add], ["residual_add", "path_accumulate", "--smoke"])
+    assert ran == [residual_add, path_accumulate]
+
+
+def test_what_is_not_compiled_is_listed_as_not_measured():
+    fake = FakeClock()
+    work = case({OURS: fake.variant("a", 1.0), "compile": fake.variant("b", 1.0)})
+    report = results.empty("fake", {}, ONCE)
+    asked = Namespace(variants="", no_compile=True)
+    clocks = [WallClock()]
+    one(work, clocks, torch.device("cpu"), 1, ONCE, {"float32": 1.0}, report, asked)
+    assert "b" not in fake.calls
+    assert [entry["variant"] for entry in report["not_measured"]] == ["compile"]
 
 
 def test_every_operator_has_its_benchmark():
