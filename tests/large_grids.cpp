@@ -34,9 +34,14 @@ template <class Tile> void try_rows(int64_t rows, int64_t cols, Dtype dtype) {
 
 void try_channels(int64_t rows, int64_t channels, int64_t places, bool pixels) {
   namespace op = batch_norm_residual;
-  const op::Plan plan(op::Shape{rows, channels, places, pixels});
-  expect(plan.splits >= 1 && plan.splits <= gpu::kFullGrid, "splits", rows, channels);
-  expect(plan.pieces >= 1 && plan.pieces <= gpu::kFullGrid, "pieces", rows, channels);
+  const op::Shape shape{rows, channels, places, pixels};
+  for (int width = 1; width <= 8; width *= 2) {
+    const op::Plan plan(shape, width);
+    expect(plan.splits >= 1 && plan.splits <= gpu::kFullGrid, "splits", rows, channels);
+    expect(plan.pieces >= 1 && plan.pieces <= gpu::kFullGrid, "pieces", rows, channels);
+    expect(plan.lanes % (8 / width) == 0 && plan.lanes * plan.groups == gpu::kThreads, "lanes",
+           rows, channels);
+  }
 }
 
 }  // namespace

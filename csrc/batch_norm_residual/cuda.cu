@@ -137,12 +137,12 @@ void launch_channel_sums(const Of& of, const Shape& s, const Plan& plan, const S
 
 }  // namespace
 
-int64_t scratch_bytes(const Args& a) { return Scratch::bytes(a.shape, Plan(a)); }
-int64_t scratch_bytes(const BackwardArgs& a) { return Scratch::bytes(a.shape, Plan(a)); }
+int64_t scratch_bytes(const Args& a) { return Scratch::bytes(a.shape, plan_of(a)); }
+int64_t scratch_bytes(const BackwardArgs& a) { return Scratch::bytes(a.shape, plan_of(a)); }
 
 void launch_cuda(const Args& a, void* stream) {
   const Shape& s = a.shape;
-  const Plan plan(a);
+  const Plan plan = plan_of(a);
   const Scratch scratch(a.scratch, s, plan);
   with_layout(a, [&](auto layout) {
     using L = decltype(layout);
@@ -161,7 +161,7 @@ void launch_cuda(const Args& a, void* stream) {
 
 void launch_cuda(const BackwardArgs& a, void* stream) {
   const Shape& s = a.shape;
-  const Plan plan(a);
+  const Plan plan = plan_of(a);
   const Scratch scratch(a.scratch, s, plan);
   with_layout(a, [&](auto layout) {
     using L = decltype(layout);

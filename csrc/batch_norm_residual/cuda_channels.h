@@ -51,9 +51,8 @@ struct Plan {
   int64_t splits;                  // blocks that share the sums of a channel
   int64_t pieces;                  // blocks that share a sample
   int64_t step_rows, step_places;  // splits * groups places on, in samples and places
-  template <class Any> explicit Plan(const Any& a) {
-    const Shape& s = a.shape;
-    const int width = width_of(a);
+  // Of packs of `width` elements.
+  Plan(const Shape& s, int width) {
     lanes = 8 / width;
     while (lanes < kThreads && lanes * width < s.length()) lanes *= 2;
     groups = kThreads / lanes;
@@ -70,6 +69,7 @@ struct Plan {
     step_places = splits * groups % places;
   }
 };
+template <class Any> Plan plan_of(const Any& a) { return Plan(a.shape, width_of(a)); }
 
 // Where the parts of the scratch begin.
 struct Scratch {
